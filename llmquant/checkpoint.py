@@ -1,0 +1,218 @@
+"""Model folders: tensors by name out of safetensors files, and new ones written.
+
+Only headers are read until a tensor is asked for. Weights come from safetensors
+alone: a pickle can run code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmquant.errors import CheckpointError, OutputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    key: str  # its name in the file
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A model folder. ``infos`` lists every tensor; ``read`` returns one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read config.json and all safetensors headers; raise CheckpointError for what is missing or broken."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such folder. Give a model folder or a hub id like `org/name`.")
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json", "a model folder holds one")
+        self.infos: dict[str, TensorInfo] = {}
+        self._open: dict[str, Any] = {}
+        for file in self._files():
+            for name, info in _header(folder / file).items():
+                self.infos[name] = info
+
+    def _files(self) -> list[str]:
+        if (self.folder / INDEX).exists():
+            index = read_json(self.folder / INDEX, "it lists the shards")
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(f, str) for f in shards.values()):
+                raise CheckpointError(f"{self.folder / INDEX}: has no `weight_map` from tensor names to files")
+            files = sorted(set(shards.values()))
+            for file in files:
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise CheckpointError(f"{self.folder / INDEX}: {file!r} is not the name of a shard in this folder")
+                if not (self.folder / file).is_file():
+                    count = sum(f == file for f in shards.values())
+                    raise CheckpointError(
+                        f"{self.folder / file}: missing, although {INDEX} says that it holds {count} tensors. "
+                        "Download the model again."
+                    )
+            return files
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder}: holds {pickles[0]} but no {SINGLE}. A pickle can run code when it is loaded, so it is "
+                "not read here; if you trust it, convert it with transformers: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+        raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}; there are no weights in it")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor as it is stored."""
+        if name not in self.infos:
+            raise CheckpointError(f"{self.folder}: has no tensor {name}")
+        file, key = self.infos[name].file, self.infos[name].key
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, "pt")
+            tensor: Tensor = self._open[file].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
+        return tensor
+
+    def align(self, layers: str) -> None:
+        """Give tensors the names of the model's modules when a file leaves out the first part ("h.0." for "model.h.0.")."""
+        if any(name.startswith(f"{layers}.0.") for name in self.infos):
+            return
+        parts = layers.split(".")
+        for cut in range(1, len(parts)):
+            if any(name.startswith(".".join([*parts[cut:], "0."])) for name in self.infos):
+                prefix = ".".join([*parts[:cut], ""])
+                self.infos = {prefix + name: info for name, info in self.infos.items()}
+
+
+def locate(model: str | Path) -> Path:
+    """Return the local folder of a model, downloading a hub id's safetensors, configuration and tokenizer files."""
+    path = Path(model)
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        return path
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{model}: there is no such folder, and as a hub id it cannot be downloaded: {first}"
+        ) from None
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """Return a JSON object from a file, or raise CheckpointError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {why}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, "pt") as file:
+            infos = {}
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                piece = file.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} has dtype {piece.get_dtype()}, which cannot be read here")
+                infos[name] = TensorInfo(tuple(piece.get_shape()), DTYPES[piece.get_dtype()], path.name, name)
+            return infos
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: is not a whole safetensors file ({error}). It may have been cut short; download it again."
+        ) from None
+
+
+def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Write tensors as safetensors files, with at most one shard in memory; return the size of the files in bytes.
+
+    One file when everything fits in a shard, else numbered shards and an index.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards)}"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            pending, size = {}, 0
+        pending[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        index = {tensor: name for name, (_, held) in zip(names, shards, strict=True) for tensor in held}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    for (path, _), name in zip(shards, names, strict=True):
+        path.rename(folder / name)
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file beside its place, flush it to the disk, then give it its name."""
+    beside = path.with_name(path.name + ".partial")
+    save_file(tensors, beside, metadata=metadata)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def check_output(folder: Path) -> None:
+    """Raise OutputError unless ``folder`` is free to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder}: exists and is not an empty folder. Choose another --out, or remove it first.")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot be written: no permission in {parent}")

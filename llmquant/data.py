@@ -1,0 +1,263 @@
+"""Text to calibrate and to evaluate on: read, tokenized, cut into sequences."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import load_dataset
+from jaxtyping import Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from llmquant import protocols
+from llmquant.errors import CheckpointError, DataError
+
+BATCH = 1000  # documents tokenized at a time
+SPARE = 4  # a stream is read until it gives this many times the sequences asked for
+
+
+class TextSource(BaseModel):
+    """Where a text comes from.
+
+    path: a local .txt, .jsonl, .json or .parquet file (text and jsonl also .gz). Wins over ``dataset``.
+    dataset: a hub id, or the folder of a local dataset; with its config, data_files and split.
+    field: the column that holds the text; or a list of {role, content} messages, which the
+        tokenizer's chat template turns into text.
+    streaming: read a dataset as it is needed instead of downloading all of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path | None = None
+    dataset: str | None = None
+    config: str | None = None
+    data_files: str | None = None
+    split: str = "train"
+    field: str = "text"
+    streaming: bool = True
+
+    @property
+    def label(self) -> str:
+        """What a report calls this text."""
+        return self.path.name if self.path else "/".join(p for p in (self.dataset, self.config, self.split) if p)
+
+
+class Calibration(TextSource):
+    """The text to calibrate on, and how much of it.
+
+    sequences: how many; length: tokens in each (by default the model's context, at most 2048).
+    seed: chooses them among all that the text gives.
+    bos: begin every sequence with the tokenizer's BOS token (by default if it adds one to texts).
+    packing: "concat" joins the documents and cuts; "document" cuts each one by itself and drops
+        what is left of it.
+    """
+
+    sequences: int = Field(default=128, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    seed: int = 0
+    bos: bool | None = None
+    packing: Literal["concat", "document"] = "concat"
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """Sequences to calibrate on, and what a report says of them.
+
+    available: how many sequences there were to choose from. sha256: of the tokens as little-endian int64.
+    """
+
+    tokens: Int[Tensor, "sequences length"]
+    source: str
+    available: int
+    bos: bool
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        sequences, length = self.tokens.shape
+        return {
+            "text": self.source,
+            "sequences": sequences,
+            "length": length,
+            "tokens": self.tokens.numel(),
+            "available_sequences": self.available,
+            "bos": self.bos,
+            "sha256": self.sha256,
+        }
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model folder, or raise CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}: has no tokenizer that transformers can load: {first}") from None
+
+
+def documents(source: TextSource, tokenizer: Any) -> Iterator[str]:
+    """Yield the documents of a text one by one; a .txt file is one document. Raises DataError."""
+    if source.path is None and source.dataset is None:
+        raise DataError("calibration: gives neither `path` nor `dataset`. Add --set calibration.path=FILE.")
+    if source.path is not None and source.path.suffixes[-1:] != [".parquet"]:
+        kind = next((s for s in reversed(source.path.suffixes) if s != ".gz"), ".txt")
+        text = _read(source.path)
+        if kind not in (".jsonl", ".json"):
+            yield text
+            return
+        rows = _json_rows(source.path, text, lines=kind == ".jsonl")
+    else:
+        rows = _dataset_rows(source)
+    for number, row in enumerate(rows, 1):
+        if source.field not in row:
+            near = difflib.get_close_matches(source.field, row, n=1)
+            raise DataError(
+                f"{source.label}: row {number} has no field {source.field!r}, only {', '.join(map(repr, row))}. Set "
+                f"calibration.field" + (f"={near[0]}" if near else " to the one that holds the text")
+            )
+        yield _as_text(source, row[source.field], number, tokenizer)
+
+
+def calibration_tokens(source: Calibration, tokenizer: Any, context: int) -> CalibrationTokens:
+    """Return sequences of equal length, chosen by the seed among all that the text gives.
+
+    A streamed dataset is read until it has given ``SPARE`` times as many as are
+    asked for. Raises DataError when there are too few.
+    """
+    length = source.length or min(context, 2048)
+    if length > context:
+        raise DataError(f"calibration.length is {length}, but the model takes at most {context} tokens")
+    added = _bos(tokenizer)
+    use_bos = added is not None if source.bos is None else source.bos
+    bos = added if added is not None else tokenizer.bos_token_id
+    if use_bos and bos is None:
+        raise DataError("calibration.bos is true, but the tokenizer has no BOS token")
+    payload = length - use_bos
+    enough = None if source.path else SPARE * source.sequences * payload
+    pieces: list[Tensor] = []
+    rest: list[int] = []
+    total = 0
+    for ids in _tokenized(documents(source, tokenizer), tokenizer):
+        total += len(ids)
+        rest = rest + ids if source.packing == "concat" else ids
+        whole = len(rest) // payload * payload
+        pieces.append(torch.tensor(rest[:whole], dtype=torch.int64).view(-1, payload))
+        rest = rest[whole:]
+        if enough and sum(map(len, pieces)) * payload >= enough:
+            break
+    found = torch.cat(pieces) if pieces else torch.empty(0, payload, dtype=torch.int64)
+    if len(found) < source.sequences:
+        raise DataError(
+            f"{source.label}: gives {total} tokens, that is {len(found)} sequences of {length}; "
+            f"{source.sequences} are asked for. Give more text"
+            + (f", or --set calibration.sequences={len(found)}" if len(found) else "")
+            + (f", or --set calibration.length={total // source.sequences}" if total >= 16 * source.sequences else "")
+            + "."
+        )
+    generator = torch.Generator().manual_seed(source.seed)
+    chosen = found[torch.randperm(len(found), generator=generator)[: source.sequences]]
+    if use_bos:
+        chosen = torch.cat([torch.full((len(chosen), 1), bos, dtype=torch.int64), chosen], dim=1)
+    digest = hashlib.sha256(chosen.numpy().astype("<i8").tobytes()).hexdigest()
+    return CalibrationTokens(chosen, source.label, len(found), use_bos, digest)
+
+
+def evaluation_windows(
+    source: TextSource, protocol: protocols.Protocol, tokenizer: Any, context: int, max_tokens: int | None = None
+) -> protocols.Windows:
+    """Return a text's windows under a protocol; rows of a dataset are joined by blank lines.
+
+    max_tokens: use only so much of the text's beginning.
+    """
+    text = "\n\n".join(documents(source, tokenizer))
+    ids = next(_tokenized(iter([text]), tokenizer), [])
+    words = len(text.split())
+    if max_tokens is not None and max_tokens < len(ids):
+        words = round(words * max_tokens / len(ids))
+        ids = ids[:max_tokens]
+    bos = _bos(tokenizer)
+    if bos is None and protocol.words:
+        bos = tokenizer.eos_token_id
+    return protocols.windows(protocol, ids, bos, source.label, context, words)
+
+
+def _bos(tokenizer: Any) -> int | None:
+    """Return the BOS token if the tokenizer puts one before every text."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    while batch := list(islice(texts, BATCH)):
+        # verbose: no warning about texts longer than the context; they are cut later
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not text.strip():
+        raise DataError(f"{path}: is empty")
+    return text
+
+
+def _json_rows(path: Path, text: str, lines: bool) -> Iterator[dict[str, Any]]:
+    try:
+        rows = ((n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        for number, row in rows if lines else enumerate(json.loads(text), 1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: is {type(row).__name__}, not an object with fields")
+            yield row
+    except ValueError as error:
+        raise DataError(f"{path}: is not valid JSON: {error}") from None
+
+
+def _dataset_rows(source: TextSource) -> Iterator[dict[str, Any]]:
+    try:
+        if source.path is not None:
+            if not source.path.is_file():
+                raise DataError(f"{source.path}: cannot be read: no such file")
+            rows = load_dataset("parquet", data_files=str(source.path), split="train", streaming=True)
+        else:
+            rows = load_dataset(
+                source.dataset,
+                source.config,
+                data_files=source.data_files,
+                split=source.split,
+                streaming=source.streaming,
+            )
+        yield from rows
+    except (OSError, ValueError, RuntimeError, ArithmeticError, ImportError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source.label}: the dataset cannot be read: {first}. Without network give a local file: "
+            "--set calibration.path=FILE (or --text FILE to evaluate)."
+        ) from None
+
+
+def _as_text(source: TextSource, value: Any, number: int, tokenizer: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        if not tokenizer.chat_template:
+            raise DataError(f"{source.label}: row {number} holds chat messages, but the tokenizer has no chat template")
+        text: str = tokenizer.apply_chat_template(value, tokenize=False)
+        return text
+    raise DataError(
+        f"{source.label}: row {number}: field {source.field!r} holds {type(value).__name__}, neither text nor a list of "
+        "{role, content} messages"
+    )

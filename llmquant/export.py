@@ -1,0 +1,112 @@
+"""Write a finished work folder as a model folder in one format, tensor by tensor.
+
+An exporter module packs one linear (``pack``), describes all of them
+(``quantization_config``) and decodes one (``unpack``); the folder around them is
+written here: shards, config.json, the tokenizer's files byte for byte, the recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from llmquant import plugins, recipe
+from llmquant.checkpoint import INDEX, Checkpoint, check_output, write_json, write_shards
+from llmquant.errors import FormatError, OutputError
+from llmquant.plan import Plan
+from llmquant.work import Work
+
+COPIED = {".json", ".model", ".txt", ".jinja"}
+"""Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The size of the weights' files, and the SHA-256 of every file."""
+
+    bytes: int
+    hashes: dict[str, str]
+
+
+def write(
+    plan: Plan, checkpoint: Checkpoint, work: Work, format_: str, out: Path, progress: Callable[[str, int, int], None]
+) -> Written:
+    """Write the folder ``out``; it appears under its name only when it is complete."""
+    check_output(out)
+    exporter = plugins.load("exporters", format_, "format")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = _tensors(plan, checkpoint, work, exporter, lambda i, n: progress(f"writing {format_}", i, n))
+        written = write_shards(partial, tensors)
+        config = dict(checkpoint.config)
+        grids = {name: linear.grid for name, linear in plan.quantized.items()}
+        settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))
+        config["quantization_config"] = settings
+        if plan.untie:
+            config["tie_word_embeddings"] = False
+        write_json(partial / "config.json", config)
+        for name, content in exporter.extra_files(settings).items():
+            write_json(partial / name, content)
+        for path in sorted(checkpoint.folder.iterdir()):
+            if path.suffix in COPIED and path.name not in (INDEX, "config.json") and path.is_file():
+                shutil.copyfile(path, partial / path.name)
+        (partial / "recipe.yaml").write_text(recipe.dump(plan.recipe), "utf-8")
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(
+            f"{out}: cannot be written: {error.strerror or error}. The work folder is kept; make room or choose another "
+            "--out, and run the same command again."
+        ) from None
+    return Written(written, hashes)
+
+
+def _tensors(
+    plan: Plan, checkpoint: Checkpoint, work: Work, exporter: ModuleType, advance: Callable[[int, int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the new folder, in the order of the old one."""
+    names = [x.weight_name for x in plan.linears] + list(plan.kept)
+    names.sort(key=lambda n: (checkpoint.infos[n].file, n) if n in checkpoint.infos else ("~", n))
+    linears = {x.weight_name: x for x in plan.linears}
+    for i, name in enumerate(names):
+        advance(i, len(names))
+        linear = linears.get(name)
+        if linear is None or linear.grid is None:
+            stored_as = f"{plan.spec.embed}.weight" if name not in checkpoint else name
+            tensor = checkpoint.read(stored_as)
+            yield name, tensor.clone() if name not in checkpoint else tensor
+            continue
+        q = work.load(linear.layer, linear.name, linear.grid)
+        try:
+            packed = exporter.pack(q)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        yield from ((f"{linear.name}.{suffix}", tensor) for suffix, tensor in packed.items())
+    advance(len(names), len(names))
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """Return the settings of the recipe's algorithm, for the formats that tell them."""
+    choice = plan.recipe.choices[-1]
+    assert choice is not None
+    settings = {"algorithm": choice.algorithm, **vars(choice.algorithm_config)}
+    return settings | {"true_sequential": plan.recipe.true_sequential}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""The numbers a format can hold, and how a float weight becomes one of them.
+
+A grid splits every weight row into spans of ``grid.span`` columns. Inside a
+span, columns share a scale and an offset in groups of ``grid.group`` columns.
+One stored weight is read back as
+
+    value = scale * table[code] + offset
+
+That line covers every scalar format we export: integer groups (table 0..15,
+offset -scale * zero), k-quants (the same, but the scale is itself stored in 6
+bits) and NF4 (16 uneven levels, offset 0). So a new format says what its table
+is, how to choose its scales (``fit``), how to store given ones (``store``) and
+how a decoder reads them (``levels``).
+
+Rows never influence each other, so exporters may permute, split or stack rows
+after quantization without changing any value. (A grid with one scale for a
+whole tensor sets ``per_tensor``; its stored values are the same in every row.)
+
+A grid module, ``llmquant.grids.NAME``, has a frozen dataclass ``Config`` (the
+recipe's keys) whose ``bind(rows, cols, dtype)`` returns the Grid for weights of
+one shape in a model of one dtype, or raises ShapeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""What a format stores beside the codes, e.g. {"scale": ..., "zero": ...}; each [rows, spans, k]."""
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """A format's numbers, bound to one weight's shape (a grid module's ``Config.bind`` makes one)."""
+
+    @property
+    def span(self) -> int:
+        """Columns fitted together: a group, or a super-block of 256."""
+
+    @property
+    def group(self) -> int:
+        """Columns that share one scale; divides ``span``."""
+
+    @property
+    def table(self) -> Float[Tensor, " levels"]:
+        """The levels, ascending."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes and stored parameters together, in bits, for one weight of the bound shape."""
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether all rows share one set of stored parameters."""
+
+    def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        """Choose the stored parameters of ``n`` spans, each [n, k], for a small sum(importance * error²)."""
+
+    def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        """Return the stored parameters nearest to wished-for scales and offsets of the ``n`` spans' groups."""
+
+    def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+        """Read (scale, offset) of every group, exactly as a decoder will."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One quantized weight matrix, in no file format yet.
+
+    params: each [rows, spans, k].
+    record: what the algorithm did that a report should tell, e.g. {"damping": 0.01}.
+    """
+
+    grid: Grid
+    codes: UInt8[Tensor, "rows cols"]
+    params: Params
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode(
+    grid: Grid,
+    w: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    offset: Float[Tensor, "*shape"],
+) -> UInt8[Tensor, "*shape"]:
+    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
+    table = grid.table.to(w.device, w.dtype)
+    middles = (table[1:] + table[:-1]) / 2
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return torch.bucketize((w - offset) * inverse, middles).to(torch.uint8)
+
+
+def decode(
+    grid: Grid,
+    codes: UInt8[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    offset: Float[Tensor, "*shape"],
+) -> Float[Tensor, "*shape"]:
+    """Return the weights that the codes stand for."""
+    return scale * grid.table.to(scale.device)[codes.long()] + offset
+
+
+def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"]) -> Params:
+    """Fit every span of a matrix at once. Each returned value is [rows, spans, k]."""
+    rows, cols = w.shape
+    if grid.per_tensor:
+        params = grid.fit(w.reshape(1, -1), importance.repeat(rows)[None])
+        return {name: value.view(1, 1, -1).expand(rows, 1, -1) for name, value in params.items()}
+    spans = cols // grid.span
+    weight = importance.view(1, spans, grid.span).expand(rows, -1, -1)
+    params = grid.fit(w.reshape(-1, grid.span), weight.reshape(-1, grid.span))
+    return {name: value.view(rows, spans, -1) for name, value in params.items()}
+
+
+def per_column(grid: Grid, params: Params) -> tuple[Float[Tensor, "rows cols"], Float[Tensor, "rows cols"]]:
+    """Spread (scale, offset) of every group over its columns."""
+    scale, offset = grid.levels(params)
+    return (
+        scale.flatten(1).repeat_interleave(grid.group, dim=1),
+        offset.flatten(1).repeat_interleave(grid.group, dim=1),
+    )
+
+
+def dequantize(q: QuantizedTensor) -> Float[Tensor, "rows cols"]:
+    """Return the float weights that a runtime will compute from ``q``."""
+    return decode(q.grid, q.codes, *per_column(q.grid, q.params))
+
+
+def rows_of(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Return the rows [start, stop): what one of several stacked weights became."""
+    return QuantizedTensor(
+        q.grid, q.codes[start:stop], {name: value[start:stop] for name, value in q.params.items()}, q.record
+    )

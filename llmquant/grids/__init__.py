@@ -1,0 +1,1 @@
+"""Number formats, one a file: see ``llmquant.grid.Grid``."""

@@ -1,0 +1,60 @@
+"""Open any model folder: float, or packed by us or by another program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from llmquant import plugins
+from llmquant.checkpoint import Checkpoint, locate
+from llmquant.errors import CheckpointError, LlmquantError
+from llmquant.models import spec_for
+
+
+class PackedCheckpoint(Checkpoint):
+    """A folder of packed weights that reads like a float one: ``read`` decodes what was quantized."""
+
+    def __init__(self, folder: Path, exporter: ModuleType, settings: dict[str, Any]) -> None:
+        super().__init__(folder)
+        spec = spec_for(self.config)
+        self.align(spec.layers)
+        self.settings = settings
+        self._exporter = exporter
+        self.format = exporter.__name__.rpartition(".")[2]
+        self.packed: dict[str, dict[str, str]] = exporter.linears(self.infos, settings)
+        self._conv1d = spec.conv1d
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos or name.removesuffix(".weight") in self.packed
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, decoded to float32 if it is packed."""
+        linear = name.removesuffix(".weight")
+        if name in self.infos or linear not in self.packed:
+            return super().read(name)
+        parts = {suffix: super(PackedCheckpoint, self).read(full) for suffix, full in self.packed[linear].items()}
+        try:
+            weight: Tensor = self._exporter.unpack(parts, self.settings, linear)
+        except LlmquantError as error:
+            raise type(error)(f"{self.folder}: {linear}: {error}") from None
+        return weight.T if self._conv1d else weight
+
+
+def open_model(model: str | Path) -> Checkpoint:
+    """Return the checkpoint of a folder or hub id; raise CheckpointError for a format that no exporter reads."""
+    checkpoint = Checkpoint(locate(model))
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None:
+        checkpoint.align(spec_for(checkpoint.config).layers)
+        return checkpoint
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config is not an object")
+    method = settings.get("quant_method")
+    for name in plugins.names("exporters"):
+        exporter = plugins.load("exporters", name, "quantization_config")
+        if method == exporter.METHOD:
+            return PackedCheckpoint(checkpoint.folder, exporter, settings)
+    raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quant_method {method!r} is not one that llmquant reads")

@@ -1,0 +1,251 @@
+"""Decide for every tensor what will happen to it, and what that costs, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from llmquant import plugins
+from llmquant.checkpoint import TensorInfo
+from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
+from llmquant.grid import Grid, QuantizedTensor
+from llmquant.models.spec import ModelSpec, Site
+from llmquant.recipe import Choice, Recipe
+from llmquant.stats import Needs
+
+RUNTIME_BYTES = 500_000_000  # Python, torch and transformers before any model
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix [rows, cols] of a decoder layer, or the output matrix (layer None).
+
+    grid: None where it stays float; ``note`` then says why, or which fallback was taken.
+    """
+
+    name: str
+    layer: int | None
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    grid: Grid | None
+    choice: Choice | None
+    note: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    linears: every linear of the decoder layers in computing order, then the output matrix.
+    kept: all other tensors, copied as they are.
+    untie: the output matrix is a tensor of its own although the model ties it to the embedding.
+    """
+
+    recipe: Recipe
+    spec: ModelSpec
+    layers: int
+    linears: tuple[Linear, ...]
+    kept: Mapping[str, TensorInfo]
+    untie: bool
+    floats: tuple[str, ...]  # modules with a matrix that stays float
+    needs: Needs = "nothing"
+    sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
+    peak_bytes: int = 0
+
+    @property
+    def quantized(self) -> dict[str, Linear]:
+        return {x.name: x for x in self.linears if x.grid is not None}
+
+    @property
+    def notes(self) -> list[str]:
+        """Every departure from the recipe's own grid that a report must list."""
+        return [f"{x.name}: {x.note}" for x in self.linears if x.note]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the whole model."""
+        return sum(x.weights for x in self.linears) + sum(i.numel for i in self.kept.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the quantized linears, in bits, over their weights."""
+        bits = sum(x.weights * x.grid.bits_per_weight for x in self.linears if x.grid)
+        return bits / max(sum(x.weights for x in self.quantized.values()), 1)
+
+    def file_bits_per_weight(self, format_: str) -> float:
+        """All tensors of the written folder, in bits, over all weights of the model."""
+        return 8 * self.sizes[format_] / self.weights
+
+    def of_layer(self, layer: int | None, site: Site | None = None) -> list[Linear]:
+        """Return the linears of a layer, or of one of its sites."""
+        names = None if site is None else {f"{self.spec.layers}.{layer}.{n}" for n in site.linears}
+        return [x for x in self.linears if x.layer == layer and (names is None or x.name in names)]
+
+
+def make(
+    recipe: Recipe,
+    spec: ModelSpec,
+    tied: bool,
+    hidden: int,
+    infos: Mapping[str, TensorInfo],
+    context: int,
+    matrices: Sequence[str],
+) -> Plan:
+    """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
+
+    tied: whether the model uses its embedding as the output matrix too.
+    hidden: width of the residual stream. context: most tokens of a sequence.
+    matrices: the names of all linear modules outside the decoder layers.
+    """
+    exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
+    layers = _count_layers(spec, infos)
+    head_choice = recipe.choose(spec.head)
+    untie = tied and recipe.tied_embeddings == "untie"
+    if tied and not untie and head_choice is not None:
+        raise RecipeError(
+            f"{spec.head}: the recipe quantizes it, but this model ties it to {spec.embed}, which stays float. "
+            "Set `tied_embeddings: untie`, or leave it in `ignore`."
+        )
+    linears = [
+        _linear(f"{spec.layers}.{i}.{local}", i, recipe, spec, infos, exporters)
+        for i in range(layers)
+        for site in spec.sites
+        for local in site.linears
+    ]
+    if untie or not tied:
+        shape_of = f"{spec.embed}.weight" if untie else f"{spec.head}.weight"
+        head = {f"{spec.head}.weight": infos[shape_of]}
+        linears.append(_linear(spec.head, None, recipe, spec, head, exporters))
+    planned = {x.weight_name for x in linears}
+    kept = {name: info for name, info in infos.items() if name not in planned}
+    if tied and not untie:
+        kept.pop(f"{spec.head}.weight", None)
+    needs: list[Needs] = ["nothing"]
+    needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
+    most = max(needs, key=("nothing", "diagonal", "hessian").index)
+    if most != "nothing" and recipe.calibration is None:
+        raise RecipeError("calibration: missing, and the algorithm needs text. Add --set calibration.path=FILE.")
+    quantized = {x.name for x in linears if x.grid}
+    floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
+    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), most)
+    text = recipe.calibration
+    tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
+    return replace(
+        plan,
+        sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
+        peak_bytes=_peak_bytes(plan, hidden, tokens),
+    )
+
+
+def _count_layers(spec: ModelSpec, infos: Mapping[str, TensorInfo]) -> int:
+    prefix = f"{spec.layers}."
+    found = {int(n[len(prefix) :].split(".")[0]) for n in infos if n.startswith(prefix) and n[len(prefix)].isdigit()}
+    missing = set(range(max(found, default=0))) - found
+    if not found or missing:
+        raise ShapeError(f"{prefix}{min(missing, default=0)}: the checkpoint has no tensors of this decoder layer")
+    return len(found)
+
+
+def _linear(
+    name: str,
+    layer: int | None,
+    recipe: Recipe,
+    spec: ModelSpec,
+    infos: Mapping[str, TensorInfo],
+    exporters: Mapping[str, ModuleType],
+) -> Linear:
+    if f"{name}.weight" not in infos:
+        raise ShapeError(f"{name}.weight: the checkpoint has no such tensor")
+    info = infos[f"{name}.weight"]
+    if len(info.shape) != 2 or not info.dtype.is_floating_point:
+        raise ShapeError(f"{name}.weight: is {info.dtype} {list(info.shape)}, not a float matrix")
+    rows, cols = reversed(info.shape) if spec.conv1d and layer is not None else info.shape
+    choice = recipe.choose(name)
+    if choice is None:
+        return Linear(name, layer, rows, cols, info.dtype, None, None)
+    note = ""
+    try:
+        try:
+            grid = choice.grid_config.bind(rows, cols, info.dtype)
+        except ShapeError as error:
+            if recipe.fallback == "error":
+                raise
+            if recipe.fallback == "keep":
+                return Linear(name, layer, rows, cols, info.dtype, None, None, f"kept float: {_short(error)}")
+            name_, substitute = choice.grid_config.substitute()
+            grid = substitute.bind(rows, cols, info.dtype)
+            note = f"substituted {name_} {substitute}: {_short(error)}"
+        for exporter in exporters.values():
+            exporter.check(grid, rows, cols)
+            if spec.conv1d and not getattr(exporter, "CONV1D", False):
+                raise FormatError(
+                    "transformers builds this model with Conv1D modules, which readers of this format do not replace. "
+                    "Choose another format, e.g. `formats: [gptq]`"
+                )
+    except LlmquantError as error:
+        raise type(error)(f"{name}.weight: {error}") from None
+    return Linear(name, layer, rows, cols, info.dtype, grid, choice, note)
+
+
+def _short(error: Exception) -> str:
+    return str(error).split(". ")[0]
+
+
+def _needs(choice: Choice) -> Needs:
+    needs: Needs = plugins.load("algorithms", choice.algorithm, "algorithm").needs(choice.algorithm_config)
+    return needs
+
+
+def placeholder(linear: Linear) -> QuantizedTensor:
+    """Return a quantized linear without numbers (meta tensors), for its sizes."""
+    assert linear.grid is not None
+    grid = linear.grid
+    rows, spans = (1 if grid.per_tensor else linear.rows), linear.cols // grid.span
+    wished = torch.empty(rows * spans, grid.span // grid.group, device="meta")
+    params = {
+        name: value.view(rows, spans, -1).expand(linear.rows, -1, -1) for name, value in grid.store(wished, wished).items()
+    }
+    return QuantizedTensor(grid, torch.empty(linear.rows, linear.cols, dtype=torch.uint8, device="meta"), params)
+
+
+def _size(plan: Plan, exporter: ModuleType) -> int:
+    pack: Callable[[QuantizedTensor], dict[str, Tensor]] = exporter.pack
+    total = sum(info.bytes for info in plan.kept.values())
+    for linear in plan.linears:
+        if linear.grid is None:
+            total += linear.weights * linear.dtype.itemsize
+        else:
+            total += sum(t.nbytes for t in pack(placeholder(linear)).values())
+    return total
+
+
+def _peak_bytes(plan: Plan, hidden: int, tokens: int) -> int:
+    """Estimate the peak memory of a run in float32 on the CPU: one layer, its Hessians, the activations."""
+    per_layer = [plan.of_layer(i) for i in range(plan.layers)]
+    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
+    largest = max(sum(x.weights for x in layer) for layer in per_layer)
+    if plan.needs == "nothing":
+        return RUNTIME_BYTES + 4 * 4 * max(x.weights for x in plan.linears)
+    activations = 2 * 4 * tokens * hidden
+    sites: Sequence[int] = [_site_cols(plan, site) for site in plan.spec.sites]
+    hessians = sum(4 * c * c for c in sites) if plan.needs == "hessian" else 0
+    factors = 4 * 8 * max(sites) ** 2 if plan.needs == "hessian" else 0
+    working = 6 * 4 * max(sum(x.weights for x in plan.of_layer(0, site)) for site in plan.spec.sites)
+    return RUNTIME_BYTES + outside + 4 * largest + activations + hessians + factors + working
+
+
+def _site_cols(plan: Plan, site: Site) -> int:
+    return plan.of_layer(0, site)[0].cols

@@ -1,0 +1,109 @@
+"""Choose the range [low, high] that a grid of evenly spaced levels should cover.
+
+Every function takes rows of values and returns one range a row; the same rows
+may be weights or samples of activations. Zero always lies in the range, so that
+it is a level. A narrow range makes finer steps and clips the largest values.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BINS = 2048  # of the histogram that `kl` searches
+STEPS = 48  # shrunken ranges that `mse` tries
+SMALLEST = 0.35  # the narrowest of them, as a share of [min, max]
+
+Range = tuple[Tensor, Tensor]
+
+
+def minmax(x: Float[Tensor, "n values"], symmetric: bool) -> Range:
+    """Return the smallest range that clips nothing, each [n, 1]."""
+    low = x.amin(1, keepdim=True).clamp(max=0)
+    high = x.amax(1, keepdim=True).clamp(min=0)
+    return _mirrored(low, high, symmetric)
+
+
+def percentile(x: Float[Tensor, "n values"], symmetric: bool, percent: float) -> Range:
+    """Return the range that holds ``percent`` % of the values, the rest shared by both ends.
+
+    Symmetric: ``percent`` % of the absolute values.
+    """
+    if symmetric:
+        return _mirrored(torch.zeros_like(x[:, :1]), _quantile(x.abs(), percent / 100), True)
+    tail = (1 - percent / 100) / 2
+    return _quantile(x, tail).clamp(max=0), _quantile(x, 1 - tail).clamp(min=0)
+
+
+def mse(x: Float[Tensor, "n values"], symmetric: bool, importance: Float[Tensor, "n values"], levels: int) -> Range:
+    """Return the shrunken [min, max] whose ``levels`` even steps leave the least sum(importance * error²)."""
+    low, high = minmax(x, symmetric)
+    best = torch.full_like(low, torch.inf)
+    best_share = torch.ones_like(low)
+    for share in torch.linspace(1, SMALLEST, STEPS).tolist():
+        step = ((high - low) * share / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
+        zero = (-low * share / step).round()
+        rounded = ((x / step).round() + zero).clamp(0, levels - 1).sub_(zero).mul_(step)
+        error = (importance * rounded.sub_(x).square_()).sum(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_share = torch.where(better, share, best_share)
+    return low * best_share, high * best_share
+
+
+def kl(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
+    """Return the range that changes the distribution of the values least, by KL divergence.
+
+    A histogram of ``BINS`` bins is clipped at growing thresholds, merged into
+    ``levels`` bins and spread again over the bins that were not empty; the
+    threshold with the smallest divergence between both wins.
+    Source: Migacz, "8-bit inference with TensorRT" (GTC 2017).
+    """
+    if not symmetric:
+        return (
+            -kl((-x).clamp(min=0), True, 2 * levels)[1],
+            kl(x.clamp(min=0), True, 2 * levels)[1],
+        )
+    ranges = [_kl_threshold(row, max(levels // 2, 2)) for row in x.abs()]
+    high = torch.stack(ranges)[:, None]
+    return -high, high
+
+
+def _kl_threshold(magnitude: Float[Tensor, " values"], levels: int) -> Float[Tensor, ""]:
+    top = magnitude.max()
+    if top == 0:
+        return top
+    counts = torch.histc(magnitude.float().cpu(), BINS, 0, float(top)).double()
+    counts[0] = 0  # zeros are exact at any threshold
+    total = counts.sum()
+    best, chosen = torch.inf, BINS
+    for width in range(levels, BINS + 1, max(BINS // 128, 1)):
+        kept = counts[:width].clone()
+        kept[-1] += counts[width:].sum()
+        index = torch.arange(width) * levels // width
+        occupied = (counts[:width] > 0).double()
+        mass = torch.zeros(levels, dtype=torch.double).index_add_(0, index, counts[:width])
+        share = mass / torch.zeros(levels, dtype=torch.double).index_add_(0, index, occupied).clamp(min=1)
+        spread = share[index] * occupied
+        if spread.sum() == 0:
+            continue
+        p, q = kept / total, spread / spread.sum()
+        # bins that only hold clipped mass have q = 0; a small floor keeps their cost finite
+        cost = float((p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log())).sum())
+        if cost < best:
+            best, chosen = cost, width
+    return top * chosen / BINS
+
+
+def _quantile(x: Float[Tensor, "n values"], share: float) -> Float[Tensor, "n 1"]:
+    """Return a quantile of each row without interpolation (torch.quantile refuses large rows)."""
+    rank = min(max(round(share * (x.shape[1] - 1)), 0), x.shape[1] - 1)
+    return x.kthvalue(rank + 1, dim=1, keepdim=True).values
+
+
+def _mirrored(low: Tensor, high: Tensor, symmetric: bool) -> Range:
+    if not symmetric:
+        return low, high
+    high = torch.maximum(-low, high)
+    return -high, high

@@ -1,0 +1,196 @@
+"""Recipes: YAML in, a typed and complete description of a run out."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmquant import plugins
+from llmquant.data import Calibration
+from llmquant.errors import RecipeError
+
+_PACKAGE = Path(__file__).parent
+
+
+class Rule(BaseModel):
+    """What to do with the linears whose name matches; the first rule that matches decides.
+
+    match: a glob ("*.down_proj"), a regular expression ("re:.*layers\\.[01]\\..*"), or a list of them.
+        Compared with the module's name, "model.layers.0.mlp.down_proj".
+    grid, algorithm: as in the recipe. Without a `name` they change keys of the recipe's own.
+    keep: leave these linears in float.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str | list[str]
+    grid: dict[str, Any] = {}
+    algorithm: dict[str, Any] = {}
+    keep: bool = False
+
+
+class Choice(BaseModel):
+    """The grid and the algorithm of one linear, by name and settings."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    grid: str
+    grid_config: Any
+    algorithm: str
+    algorithm_config: Any
+
+
+class Recipe(BaseModel):
+    """A run: which numbers, which algorithm, which text, which files.
+
+    name, description: for people, reports and model cards.
+    grid: {name: affine, bits: 4, ...}; see `llmquant list grids`.
+    algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
+    rules: exceptions, by name.
+    ignore: linears that stay float, by glob or "re:" expression.
+    fallback: what to do where a weight's columns do not divide into groups. "error" stops before
+        any work, "substitute" takes what the grid names for it (affine: one scale a row), "keep" leaves
+        them float; both are listed in the report.
+    calibration: the text to calibrate on; algorithms that read no statistics need none.
+    true_sequential: let every site of a layer see the rounding of the sites before it in the same layer,
+        for one more pass over the layer a site. Off: it sees that of the layers before it.
+    tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
+    formats: the containers to write; see `llmquant list formats`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str = ""
+    grid: dict[str, Any]
+    algorithm: dict[str, Any] = {"name": "rtn"}
+    rules: list[Rule] = []
+    ignore: list[str] = ["lm_head"]
+    fallback: Literal["error", "substitute", "keep"] = "error"
+    calibration: Calibration | None = None
+    true_sequential: bool = False
+    tied_embeddings: Literal["keep", "untie"] = "keep"
+    formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
+
+    def model_post_init(self, context: Any) -> None:
+        self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
+        for i, name in enumerate(self.formats):
+            plugins.load("exporters", name, f"formats.{i}")
+
+    @cached_property
+    def choices(self) -> list[Choice | None]:
+        """What each rule does, in order, and last what holds where none matches. None keeps the linear float."""
+        found: list[Choice | None] = []
+        for i, rule in enumerate(self.rules):
+            keep = rule.keep
+            grid, algorithm = _over(self.grid, rule.grid), _over(self.algorithm, rule.algorithm)
+            found.append(None if keep else _choice(grid, algorithm, f"rules.{i}."))
+        return [*found, _choice(self.grid, self.algorithm, "")]
+
+    def choose(self, linear: str) -> Choice | None:
+        """Return the grid and the algorithm for a linear, or None if it stays float."""
+        for rule, choice in zip(self.rules, self.choices, strict=False):
+            patterns = [rule.match] if isinstance(rule.match, str) else rule.match
+            if any(matches(p, linear) for p in patterns):
+                return choice
+        return None if any(matches(p, linear) for p in self.ignore) else self.choices[-1]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob, or a regular expression after "re:", matches the whole of a name.
+
+    >>> matches("lm_head", "lm_head"), matches("*.q_proj", "model.layers.0.self_attn.q_proj")
+    (True, True)
+    >>> matches("re:.*layers\\\\.[01]\\\\..*", "model.layers.2.mlp.up_proj")
+    False
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def folder() -> Path:
+    """Return where the shipped recipes are: inside an installed package, or beside a checked-out one."""
+    return next(p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if p.is_dir())
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {p.stem: p for p in sorted(folder().glob("*.yaml"))}
+
+
+def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
+    """Return the recipe of a YAML file or a shipped name, with ``key.path=value`` changes applied.
+
+    Raises RecipeError for whatever does not fit, with its place and the nearest thing that would.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(recipe) not in shipped():
+            raise RecipeError(
+                f"no recipe is called {str(recipe)!r}.{plugins.hint(str(recipe), shipped())} "
+                "A recipe of your own is a path that ends in .yaml."
+            )
+        path = shipped()[str(recipe)]
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: holds {type(values).__name__}, not a mapping of keys such as `grid` and `algorithm`")
+    values = {"name": path.stem} | values
+    for change in changes or []:
+        _apply(values, change)
+    loaded: Recipe = plugins.validate(Recipe, values, "")
+    return loaded
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML that ``load`` reads back to the same recipe."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    return text
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {change}: has no `=`. Write --set key.path=value, e.g. --set grid.bits=3")
+    *path, last = key.split(".")
+    node: Any = values
+    for depth, step in enumerate([*path, last]):
+        place = ".".join([*path, last][: depth + 1])
+        if isinstance(node, list):
+            if not step.isdigit() or int(step) >= len(node):
+                raise RecipeError(f"--set {change}: {place}: the list has {len(node)} entries, counted from 0")
+        elif not isinstance(node, dict):
+            raise RecipeError(f"--set {change}: {place}: its parent is {node!r} and has no keys")
+        index: Any = int(step) if isinstance(node, list) else step
+        if depth == len(path):
+            try:
+                node[index] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                node[index] = text
+        elif isinstance(node, dict) and node.get(step) is None:
+            node = node.setdefault(step, {}) if step not in node else node.__setitem__(step, {}) or node[step]
+        else:
+            node = node[index]
+
+
+def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    return change if "name" in change else base | change
+
+
+def _choice(grid: dict[str, Any], algorithm: dict[str, Any], where: str) -> Choice:
+    grid_name, grid_config = plugins.configure("grids", grid, f"{where}grid")
+    algorithm_name, algorithm_config = plugins.configure("algorithms", algorithm, f"{where}algorithm")
+    return Choice(
+        grid=grid_name, grid_config=grid_config, algorithm=algorithm_name, algorithm_config=algorithm_config
+    )

@@ -1,0 +1,323 @@
+"""The one loop: calibrate a layer, quantize it, go on to the next, write the files."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import llmquant
+from llmquant import calibrate, data, export, memory, plugins, recipe, work
+from llmquant import plan as planning
+from llmquant.checkpoint import Checkpoint, check_output
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
+from llmquant.grid import QuantizedTensor, dequantize, rows_of
+from llmquant.metrics import output_error
+from llmquant.models.spec import Site
+from llmquant.packed import PackedCheckpoint, open_model
+from llmquant.plan import Linear, Plan
+from llmquant.stats import Accumulator, Stats
+from llmquant.stream import Activations, Stream
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    linears: module name -> output error (relative, on the calibration tokens; weight error
+        where there are none), damping, bits per weight, seconds.
+    outputs: format -> folder. bytes: format -> size of its weights' files.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    linears: dict[str, dict[str, Any]]
+    notes: list[str]
+    bits_per_weight: float
+    outputs: dict[str, str] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    resumed_layers: int = 0
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device for "auto", "cpu", "cuda" and the like."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LlmquantError("--device cuda: torch finds no CUDA device here. Use --device cpu or auto.")
+    return torch.device(name)
+
+
+def load_float(model: str | Path) -> Checkpoint:
+    """Open a model to be quantized; raise CheckpointError for one that already is."""
+    checkpoint = open_model(model)
+    if isinstance(checkpoint, PackedCheckpoint):
+        raise CheckpointError(
+            f"{checkpoint.folder}: is already quantized ({checkpoint.settings.get('quant_method')}). "
+            "Quantize the float model it was made from."
+        )
+    return checkpoint
+
+
+def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
+    """Return what a run would do; reads no weights."""
+    checkpoint = load_float(model)
+    stream = Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False)
+    return planning.make(
+        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+    )
+
+
+def quantize(
+    model: str | Path,
+    recipe_: recipe.Recipe,
+    out: str | Path,
+    work_folder: str | Path | None = None,
+    device: str = "auto",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Quantize a model and write it in every format of the recipe; return the report.
+
+    out: the new folder; with several formats, one folder in it for each.
+    work_folder: where finished layers are kept (``OUT.work``, removed at the end,
+        if not given). The same call after a crash goes on from there.
+    """
+    started = time.monotonic()
+    memory.reset_peak()
+    out = Path(out)
+    check_output(out)
+    checkpoint = load_float(model)
+    stream = Stream(checkpoint, device_of(device), trust_remote_code)
+    plan = planning.make(
+        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+    )
+    text = None
+    if plan.needs != "nothing":
+        assert recipe_.calibration is not None
+        tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
+        text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
+    folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
+    log = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
+    resumed = sum(log.has(i) for i in range(plan.layers))
+    _quantize_layers(plan, stream, log, None if text is None else text.tokens, progress)
+    report = Report(
+        model=str(model),
+        recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
+        calibration={} if text is None else text.as_dict(),
+        linears={n: r for i in [*range(plan.layers), None] if log.has(i) for n, r in log.records(i).items()},
+        notes=plan.notes,
+        bits_per_weight=round(plan.bits_per_weight, 4),
+        resumed_layers=resumed,
+        versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    for name in recipe_.formats:
+        target = out if len(recipe_.formats) == 1 else out / name
+        written = export.write(plan, checkpoint, log, name, target, progress)
+        report.outputs[name] = str(target)
+        report.bytes[name] = written.bytes
+        report.hashes[name] = written.hashes
+    if work_folder is None:
+        log.remove()
+    else:
+        log.close()
+    report.seconds = round(time.monotonic() - started, 2)
+    report.peak_rss_bytes = memory.peak_bytes()
+    return report
+
+
+def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, work.Work]:
+    """Return what a finished work folder was made from, to export it again without calibration."""
+    note = work.read_note(folder)
+    recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
+    checkpoint = load_float(note["model"]["folder"])
+    stream = Stream(checkpoint, torch.device("cpu"), weights=False)
+    plan = planning.make(
+        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+    )
+    log = work.Work(folder, note)
+    missing = [i for i in range(plan.layers) if not log.has(i)]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: layer {missing[0]} of {plan.layers} is not finished. Run `llmquant quantize` with the same "
+            f"settings and --work {folder} to go on."
+        )
+    return plan, checkpoint, log
+
+
+def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
+    """Return what decides the codes: the model's files, the recipe without its formats, the tokens, the versions."""
+    recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    recipe_.pop("formats", None)
+    files = sorted({info.file for info in checkpoint.infos.values()})
+    return {
+        "model": {
+            "folder": str(checkpoint.folder.absolute()),
+            "hash": work.fingerprint_of_files(checkpoint.folder, ["config.json", *files]),
+        },
+        "recipe": recipe_,
+        "tokens": None if text is None else text.sha256,
+        "versions": {"llmquant": llmquant.__version__, "torch": torch.__version__},
+    }
+
+
+def _quantize_layers(
+    plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress
+) -> None:
+    activations = None if tokens is None else stream.start(tokens)
+    heads = [x for x in plan.of_layer(None) if x.grid]
+    for index in range(plan.layers):
+        progress("quantizing layers", index, plan.layers)
+        linears = {x.name: x for x in plan.of_layer(index) if x.grid}
+        last = index == plan.layers - 1 and not heads
+        if log.has(index) and (activations is None or last):
+            continue
+        with stream.layer(index) as layer:
+            if log.has(index):
+                for name, linear in linears.items():
+                    assert linear.grid is not None
+                    _put(layer, plan, linear, log.load(index, name, linear.grid))
+            else:
+                done, records = _quantize_layer(plan, stream, layer, index, activations)
+                log.save(index, done, records)
+            if activations is not None and not last:
+                stream.run(layer, index, activations)
+    for head in heads:
+        if not log.has(None):
+            assert head.grid is not None
+            weight = stream.head_weight()
+            stats = Stats.none(head.cols) if activations is None else _head_stats(stream, tokens, activations, plan)
+            done, records = _quantize_together([head], [weight], stats)
+            log.save(None, done, records)
+    progress("quantizing layers", plan.layers, plan.layers)
+
+
+def _quantize_layer(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations | None
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """Quantize a layer's linears; their dequantized weights stay in the layer."""
+    done: dict[str, QuantizedTensor] = {}
+    records: dict[str, Any] = {}
+    sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
+    rounds = [[s] for s in sites] if plan.recipe.true_sequential else [sites]
+    for together in rounds:
+        stats = {} if activations is None else _collect(plan, stream, layer, index, together, activations)
+        for site in together:
+            linears = [x for x in plan.of_layer(index, site) if x.grid]
+            weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
+            seen = stats.get(site.name) or Stats.none(linears[0].cols, stream.device)
+            quantized, told = _quantize_together(linears, weights, seen)
+            for linear in linears:
+                _put(layer, plan, linear, quantized[linear.name])
+            done |= quantized
+            records |= told
+    return done, records
+
+
+def _collect(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, sites: Sequence[Site], activations: Activations
+) -> dict[str, Stats]:
+    """Return the statistics of what each site reads, over one pass of all batches through the layer."""
+    sums = {s.name: Accumulator(plan.of_layer(index, s)[0].cols, plan.needs, stream.device) for s in sites}
+    with calibrate.watch(layer, sites, lambda site, x: sums[site.name].add(x)):
+        stream.run(layer, index, activations, keep=False)
+    return {name: sum_.result() for name, sum_ in sums.items()}
+
+
+def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
+    """Return the statistics of what the output matrix reads."""
+    sums = Accumulator(plan.of_layer(None)[0].cols, plan.needs, stream.device)
+    at = 0
+    for x in activations.batches:
+        sums.add(stream.before_head(tokens[at : at + len(x)], x).flatten(0, 1))
+        at += len(x)
+    return sums.result()
+
+
+def _quantize_together(
+    linears: Sequence[Linear], weights: Sequence[Tensor], stats: Stats
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """Quantize linears that read the same activations.
+
+    Those with the same grid and algorithm are stacked and quantized as one
+    matrix: rows do not influence each other, and the work on the Hessian is shared.
+    """
+    done: dict[str, QuantizedTensor] = {}
+    records: dict[str, Any] = {}
+    rest = list(zip(linears, weights, strict=True))
+    while rest:
+        first = rest[0][0]
+        grid, choice = first.grid, first.choice
+        assert grid is not None
+        assert choice is not None
+        alike = rest[:1] if grid.per_tensor else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        rest = [r for r in rest if r not in alike]
+        started = time.monotonic()
+        algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")
+        stacked = torch.cat([w.float() for _, w in alike])
+        try:
+            both: QuantizedTensor = algorithm.quantize(stacked, stats, grid, choice.algorithm_config)
+        except LlmquantError as error:
+            raise type(error)(f"{first.weight_name}: {error}") from None
+        seconds = (time.monotonic() - started) / len(alike)
+        row = 0
+        for linear, w in alike:
+            q = rows_of(both, row, row + linear.rows)
+            row += linear.rows
+            done[linear.name] = q
+            records[linear.name] = _record(linear, w, q, stats) | {"seconds": round(seconds, 3)}
+    return done, records
+
+
+def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
+    """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite."""
+    w = w.float()
+    delta = dequantize(q) - w
+    if not torch.isfinite(delta).all():
+        raise CalibrationError(
+            f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
+            f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
+            "bfloat16, or keep this linear float by a rule."
+        )
+    hessian = stats.hessian if stats.hessian is not None else torch.diag(stats.square_mean)
+    assert linear.grid is not None
+    return {
+        "error": round(output_error(delta, w, hessian), 8),
+        "bits_per_weight": round(linear.grid.bits_per_weight, 4),
+        "tokens": stats.tokens,
+        **q.record,
+    }
+
+
+def _local(plan: Plan, linear: Linear) -> str:
+    return linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")
+
+
+def _put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor) -> None:
+    """Give a layer the weight that a runtime will read, so that what follows sees the real error."""
+    weight = calibrate.weight_of(layer.get_submodule(_local(plan, linear)))
+    with torch.no_grad():
+        weight.copy_(dequantize(q))

@@ -1,0 +1,210 @@
+"""A transformers model of which one decoder layer is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmquant import calibrate
+from llmquant.checkpoint import Checkpoint
+from llmquant.errors import CheckpointError
+from llmquant.models import spec_for
+from llmquant.models.spec import ModelSpec
+
+BATCH_TOKENS = 4096
+"""Tokens that pass through a layer together: enough to keep matrix products busy, few enough to stay in cache."""
+
+
+def model_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers configuration of a folder, or raise CheckpointError."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: transformers does not accept it: {error}") from None
+
+
+class Stream:
+    """The layers of a checkpoint, run one after the other over batches of equal sequences.
+
+    Everything outside the decoder layers stays loaded; a layer is loaded by
+    ``layer(i)`` and dropped when its context ends. Computes in float32 on the
+    CPU (its 16-bit arithmetic is slow) and in the model's dtype elsewhere.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True) -> None:
+        """Build the model without its layers' weights, or with ``weights`` False without any (to ask for its shape)."""
+        config = model_config(checkpoint.folder, trust_remote_code)
+        self.checkpoint = checkpoint
+        self.config = config
+        self.spec: ModelSpec = spec_for(checkpoint.config)
+        self.device = device
+        self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
+        config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self._layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
+        self.tied = bool(config.get_text_config().tie_word_embeddings)
+        outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{self.spec.layers}.")]
+        if not weights:
+            return
+        for name in outside:
+            if not (self.tied and name == f"{self.spec.head}.weight"):
+                self._materialise(self.model, "", name)
+        if self.tied:
+            self.model.get_submodule(self.spec.head).weight = self.model.get_submodule(self.spec.embed).weight
+        for name, buffer in list(self.model.named_buffers()):  # such as rotary tables
+            set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the whole model; a tied matrix counts once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def other_linears(self) -> list[str]:
+        """The linear modules outside the decoder layers."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(f"{self.spec.layers}.")
+        ]
+
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a sequence may have."""
+        text = self.config.get_text_config()
+        known = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length"))
+        return next((int(n) for n in known if n), 2048)
+
+    def _materialise(self, root: nn.Module, prefix: str, name: str) -> None:
+        full = prefix + name
+        if full not in self.checkpoint:
+            raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {full}, which this architecture needs")
+        value = self.checkpoint.read(full)
+        wanted = root.get_parameter(name).shape
+        if value.shape != wanted:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {full} is {list(value.shape)}, but config.json asks for {list(wanted)}"
+            )
+        if not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {full} has {int((~torch.isfinite(value)).sum())} values that are NaN or "
+                "infinite. The file is damaged, or training diverged; nothing useful can be made of it."
+            )
+        set_module_tensor_to_device(root, name, self.device, value=value.to(self.dtype), dtype=self.dtype)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Load a decoder layer for the duration of the context."""
+        layer = self._layers[index]
+        names = [name for name, _ in layer.named_parameters()]
+        for name in names:
+            self._materialise(layer, f"{self.spec.layers}.{index}.", name)
+        try:
+            yield layer
+        finally:
+            for name in names:
+                set_module_tensor_to_device(layer, name, "meta")
+
+    @torch.no_grad()
+    def start(self, tokens: Int[Tensor, "sequences time"]) -> Activations:
+        """Return what the first layer reads for these sequences."""
+        size = max(BATCH_TOKENS // tokens.shape[1], 1)
+        batches, calls = [], dict[int, list[calibrate.Call]]()
+        for batch in tokens.split(size):
+            x, calls[len(batch)] = calibrate.start(self.model, self.spec, batch.to(self.device))
+            batches.append(x)
+        return Activations(batches, calls)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, index: int, activations: Activations, keep: bool = True) -> None:
+        """Send all batches through a layer; ``keep`` puts its outputs in the place of its inputs."""
+        for i, x in enumerate(activations.batches):
+            out = calibrate.run_layer(layer, x, activations.calls[len(x)][index])
+            if keep:
+                activations.batches[i] = out
+
+    @torch.no_grad()
+    def finish(
+        self, tokens: Int[Tensor, "sequences time"], x: Float[Tensor, "sequences time hidden"]
+    ) -> Float[Tensor, "sequences time vocab"]:
+        """Return the logits that follow from the last layer's output."""
+        logits: Tensor = calibrate.finish(self.model, self.spec, tokens.to(self.device), x)
+        return logits
+
+    def head_weight(self) -> Float[Tensor, "vocab hidden"]:
+        weight: Tensor = self.model.get_submodule(self.spec.head).weight
+        return weight.detach()
+
+    @torch.no_grad()
+    def before_head(
+        self, tokens: Int[Tensor, "sequences time"], x: Float[Tensor, "sequences time hidden"]
+    ) -> Float[Tensor, "sequences time hidden"]:
+        """Return what the output matrix reads; the logits are not computed."""
+        seen: list[Tensor] = []
+        head = self.model.get_submodule(self.spec.head)
+        parent_name, _, name = self.spec.head.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        setattr(parent, name, _Catch(seen))
+        try:
+            self.finish(tokens, x)
+        finally:
+            setattr(parent, name, head)
+        return seen[0]
+
+    def hidden(
+        self, tokens: Int[Tensor, "sequences time"], progress: Callable[[], None] | None = None
+    ) -> list[Float[Tensor, "1 time hidden"]]:
+        """Return the last layer's output of every sequence, computed a layer at a time."""
+        activations = self.start(tokens)
+        for index in range(self.layers):
+            with self.layer(index) as layer:
+                self.run(layer, index, activations)
+            if progress:
+                progress()
+        return [row[None] for batch in activations.batches for row in batch]
+
+
+class Activations:
+    """What one layer reads: batches of sequences, and the other arguments the model gives each layer.
+
+    calls: by the number of sequences in a batch, one entry a layer.
+    """
+
+    def __init__(self, batches: list[Float[Tensor, "sequences time hidden"]], calls: dict[int, list[calibrate.Call]]) -> None:
+        self.batches = batches
+        self.calls = calls
+
+
+class _Catch(nn.Module):
+    """Stands in for the output matrix: keeps what it reads, and gives it on."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return x

@@ -1,0 +1,1 @@
+"""Rewrites of the float model that do not change its function, one a file."""

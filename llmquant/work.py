@@ -1,0 +1,137 @@
+"""The work folder: one file a layer, written whole or not at all, so that a run can go on where it died."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmquant.checkpoint import atomic_save, read_json, write_json
+from llmquant.errors import OutputError
+from llmquant.grid import Grid, QuantizedTensor
+
+NOTE = "work.json"
+
+
+class Work:
+    """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
+
+    A file holds, for every linear of a layer, its codes and the stored
+    parameters of its grid, and what a report says about it.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False) -> None:
+        """Open or create the folder and lock it; raise OutputError when it was begun for something else."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / "lock")
+            self._lock.acquire(timeout=0)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be used as a work folder: {error.strerror}") from None
+        except Timeout:
+            raise OutputError(f"{folder}: another run is using this work folder. Wait for it, or give --work") from None
+        if (folder / NOTE).exists() and not restart:
+            _check_same(folder, read_note(folder), fingerprint)
+        else:
+            if foreign := sorted(p.name for p in folder.iterdir() if not _ours(p)):
+                raise OutputError(f"{folder}: holds {foreign[0]}, so it is not a work folder. Give another --work")
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            beside = folder / f"{NOTE}.partial"
+            write_json(beside, fingerprint)
+            beside.replace(folder / NOTE)
+
+    def _path(self, layer: int | None) -> Path:
+        return self.folder / ("head.safetensors" if layer is None else f"layer-{layer:05}.safetensors")
+
+    def has(self, layer: int | None) -> bool:
+        return self._path(layer).exists()
+
+    def save(self, layer: int | None, linears: Mapping[str, QuantizedTensor], records: Mapping[str, Any]) -> None:
+        """Store a layer's linears by module name, with what a report should say about each."""
+        tensors: dict[str, Tensor] = {}
+        for name, q in linears.items():
+            tensors[f"{name}:codes"] = q.codes.cpu().contiguous()
+            for key, value in q.params.items():
+                tensors[f"{name}:{key}"] = (value[:1] if q.grid.per_tensor else value).cpu().contiguous()
+        try:
+            atomic_save(self._path(layer), tensors, {"records": json.dumps(records)})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{self._path(layer)}: cannot be written: {error}. Finished layers are kept.") from None
+
+    def load(self, layer: int | None, name: str, grid: Grid) -> QuantizedTensor:
+        """Return one linear as it was saved."""
+        with safe_open(self._path(layer), "pt") as file:
+            codes = file.get_tensor(f"{name}:codes")
+            keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
+            params = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+        if grid.per_tensor:
+            params = {k: v.expand(len(codes), *v.shape[1:]) for k, v in params.items()}
+        return QuantizedTensor(grid, codes, params)
+
+    def records(self, layer: int | None) -> dict[str, Any]:
+        """Return what was recorded about each linear of a layer."""
+        with safe_open(self._path(layer), "pt") as file:
+            found: dict[str, Any] = json.loads(file.metadata()["records"])
+        return found
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Delete the folder and what is in it."""
+        self.close()
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """Return what a work folder was begun for."""
+    return read_json(folder / NOTE, "a work folder, made by `llmquant quantize --work`, holds one")
+
+
+def fingerprint_of_files(folder: Path, names: list[str]) -> str:
+    """Return a hash of the sizes, first and last megabytes of files (whole hashes of large models take minutes)."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        size = (folder / name).stat().st_size
+        digest.update(f"{name} {size} ".encode())
+        with (folder / name).open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _ours(path: Path) -> bool:
+    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", "head.safetensors"))
+
+
+def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    found, wanted = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if different:
+        key = different[0]
+        raise OutputError(
+            f"{folder}: this work folder was begun with {key} = {found.get(key)!r}, and now it is {wanted.get(key)!r}"
+            + (f" ({len(different) - 1} more differ)" if len(different) > 1 else "")
+            + ". Undo the change, give another --work, or begin anew with --restart."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
+
+
