@@ -39,7 +39,8 @@ PEAK = {"muon": 0.02, "adamw": 0.003}
 
 def docstrings(package: str) -> Iterator[str]:
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    assert spec is not None, f"{package} is not installed"
+    assert spec.origin is not None
     for path in sorted(Path(spec.origin).parent.rglob("*.py")):
         if {"test", "tests"} & set(path.parts):
             continue

@@ -54,7 +54,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Read config.json and all safetensors headers; raise CheckpointError for what is missing or broken."""
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: there is no such folder. Give a model folder or a hub id like `org/name`.")
+            raise CheckpointError(
+                f"{folder}: there is no such folder. Give a model folder or a hub id like `org/name`."
+            )
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a model folder holds one")
         self.infos: dict[str, TensorInfo] = {}
@@ -108,7 +110,7 @@ class Checkpoint:
         return tensor
 
     def align(self, layers: str) -> None:
-        """Give tensors the names of the model's modules when a file leaves out the first part ("h.0." for "model.h.0.")."""
+        """Name tensors as the model's modules where a file leaves out the first part ("h.0." of "transformer.h.0.")."""
         if any(name.startswith(f"{layers}.0.") for name in self.infos):
             return
         parts = layers.split(".")
@@ -124,7 +126,9 @@ def locate(model: str | Path) -> Path:
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(

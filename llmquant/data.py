@@ -23,6 +23,7 @@ from llmquant import protocols
 from llmquant.errors import CheckpointError, DataError
 
 BATCH = 1000  # documents tokenized at a time
+HELD_OUT = 16  # sequences kept back to measure on, as far as the text gives them
 SPARE = 4  # a stream is read until it gives this many times the sequences asked for
 
 
@@ -73,10 +74,12 @@ class Calibration(TextSource):
 class CalibrationTokens:
     """Sequences to calibrate on, and what a report says of them.
 
+    held_out: other sequences of the same text, to measure on.
     available: how many sequences there were to choose from. sha256: of the tokens as little-endian int64.
     """
 
     tokens: Int[Tensor, "sequences length"]
+    held_out: Int[Tensor, "others length"]
     source: str
     available: int
     bos: bool
@@ -163,12 +166,25 @@ def calibration_tokens(source: Calibration, tokenizer: Any, context: int) -> Cal
             + (f", or --set calibration.length={total // source.sequences}" if total >= 16 * source.sequences else "")
             + "."
         )
-    generator = torch.Generator().manual_seed(source.seed)
-    chosen = found[torch.randperm(len(found), generator=generator)[: source.sequences]]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
+    chosen = found[order[: source.sequences + HELD_OUT]]
     if use_bos:
         chosen = torch.cat([torch.full((len(chosen), 1), bos, dtype=torch.int64), chosen], dim=1)
-    digest = hashlib.sha256(chosen.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationTokens(chosen, source.label, len(found), use_bos, digest)
+    tokens, held_out = chosen[: source.sequences], chosen[source.sequences :]
+    digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    return CalibrationTokens(tokens, held_out, source.label, len(found), use_bos, digest)
+
+
+def held_out_windows(text: CalibrationTokens) -> protocols.Windows | None:
+    """Return the sequences that were kept back, every token but the first scored; None if the text gave none."""
+    count, length = text.held_out.shape
+    if not count:
+        return None
+    label = (
+        f"held-out: {text.source}, {count} sequences of {length} that were not calibrated on, "
+        f"{'BOS' if text.bos else 'no BOS'}, {count * (length - 1)} tokens scored"
+    )
+    return protocols.Windows(text.held_out, torch.ones(count, length - 1, dtype=torch.bool), label)
 
 
 def evaluation_windows(

@@ -57,4 +57,6 @@ def open_model(model: str | Path) -> Checkpoint:
         exporter = plugins.load("exporters", name, "quantization_config")
         if method == exporter.METHOD:
             return PackedCheckpoint(checkpoint.folder, exporter, settings)
-    raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quant_method {method!r} is not one that llmquant reads")
+    raise CheckpointError(
+        f"{checkpoint.folder / 'config.json'}: quant_method {method!r} is not one that llmquant reads"
+    )

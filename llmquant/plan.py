@@ -85,6 +85,16 @@ class Plan:
         bits = sum(x.weights * x.grid.bits_per_weight for x in self.linears if x.grid)
         return bits / max(sum(x.weights for x in self.quantized.values()), 1)
 
+    @property
+    def work_bytes(self) -> int:
+        """Size of the work folder: a byte a code, and what the grids store."""
+        bits = sum(
+            x.weights * (8 + x.grid.bits_per_weight - x.grid.table.numel().bit_length() + 1)
+            for x in self.linears
+            if x.grid
+        )
+        return int(bits / 8)
+
     def file_bits_per_weight(self, format_: str) -> float:
         """All tensors of the written folder, in bits, over all weights of the model."""
         return 8 * self.sizes[format_] / self.weights
@@ -216,7 +226,8 @@ def placeholder(linear: Linear) -> QuantizedTensor:
     rows, spans = (1 if grid.per_tensor else linear.rows), linear.cols // grid.span
     wished = torch.empty(rows * spans, grid.span // grid.group, device="meta")
     params = {
-        name: value.view(rows, spans, -1).expand(linear.rows, -1, -1) for name, value in grid.store(wished, wished).items()
+        name: value.view(rows, spans, -1).expand(linear.rows, -1, -1)
+        for name, value in grid.store(wished, wished).items()
     }
     return QuantizedTensor(grid, torch.empty(linear.rows, linear.cols, dtype=torch.uint8, device="meta"), params)
 

@@ -145,7 +145,9 @@ def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: holds {type(values).__name__}, not a mapping of keys such as `grid` and `algorithm`")
+        raise RecipeError(
+            f"{path}: holds {type(values).__name__}, not a mapping of keys such as `grid` and `algorithm`"
+        )
     values = {"name": path.stem} | values
     for change in changes or []:
         _apply(values, change)
@@ -178,9 +180,9 @@ def _apply(values: dict[str, Any], change: str) -> None:
                 node[index] = yaml.safe_load(text)
             except yaml.YAMLError:
                 node[index] = text
-        elif isinstance(node, dict) and node.get(step) is None:
-            node = node.setdefault(step, {}) if step not in node else node.__setitem__(step, {}) or node[step]
         else:
+            if isinstance(node, dict) and node.get(step) is None:
+                node[step] = {}
             node = node[index]
 
 
@@ -191,6 +193,4 @@ def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 def _choice(grid: dict[str, Any], algorithm: dict[str, Any], where: str) -> Choice:
     grid_name, grid_config = plugins.configure("grids", grid, f"{where}grid")
     algorithm_name, algorithm_config = plugins.configure("algorithms", algorithm, f"{where}algorithm")
-    return Choice(
-        grid=grid_name, grid_config=grid_config, algorithm=algorithm_name, algorithm_config=algorithm_config
-    )
+    return Choice(grid=grid_name, grid_config=grid_config, algorithm=algorithm_name, algorithm_config=algorithm_config)

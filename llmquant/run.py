@@ -22,6 +22,7 @@ from llmquant.metrics import output_error
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
 from llmquant.plan import Linear, Plan
+from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
 
@@ -99,8 +100,8 @@ def quantize(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
-) -> Report:
-    """Quantize a model and write it in every format of the recipe; return the report.
+) -> tuple[Report, Windows | None]:
+    """Quantize a model and write it in every format of the recipe; return the report, and held-out text if there is.
 
     out: the new folder; with several formats, one folder in it for each.
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
@@ -146,7 +147,7 @@ def quantize(
         log.close()
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
-    return report
+    return report, None if text is None else data.held_out_windows(text)
 
 
 def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, work.Work]:
@@ -184,9 +185,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
-def _quantize_layers(
-    plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress
-) -> None:
+def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress) -> None:
     activations = None if tokens is None else stream.start(tokens)
     heads = [x for x in plan.of_layer(None) if x.grid]
     for index in range(plan.layers):
@@ -209,7 +208,9 @@ def _quantize_layers(
         if not log.has(None):
             assert head.grid is not None
             weight = stream.head_weight()
-            stats = Stats.none(head.cols) if activations is None else _head_stats(stream, tokens, activations, plan)
+            stats = Stats.none(head.cols, stream.device)
+            if tokens is not None and activations is not None:
+                stats = _head_stats(stream, tokens, activations, plan)
             done, records = _quantize_together([head], [weight], stats)
             log.save(None, done, records)
     progress("quantizing layers", plan.layers, plan.layers)

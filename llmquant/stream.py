@@ -40,7 +40,9 @@ class Stream:
     CPU (its 16-bit arithmetic is slow) and in the model's dtype elsewhere.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True
+    ) -> None:
         """Build the model without its layers' weights, or with ``weights`` False without any (to ask for its shape)."""
         config = model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
@@ -133,7 +135,7 @@ class Stream:
         """Return what the first layer reads for these sequences."""
         size = max(BATCH_TOKENS // tokens.shape[1], 1)
         batches, calls = [], dict[int, list[calibrate.Call]]()
-        for batch in tokens.split(size):
+        for batch in torch.split(tokens, size):
             x, calls[len(batch)] = calibrate.start(self.model, self.spec, batch.to(self.device))
             batches.append(x)
         return Activations(batches, calls)
@@ -193,7 +195,9 @@ class Activations:
     calls: by the number of sequences in a batch, one entry a layer.
     """
 
-    def __init__(self, batches: list[Float[Tensor, "sequences time hidden"]], calls: dict[int, list[calibrate.Call]]) -> None:
+    def __init__(
+        self, batches: list[Float[Tensor, "sequences time hidden"]], calls: dict[int, list[calibrate.Call]]
+    ) -> None:
         self.batches = batches
         self.calls = calls
 

@@ -58,7 +58,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def quantization_config(linears: Mapping[str, Grid], kept: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the quantized linears: one group a setting, the commonest for all of class Linear.
+    """Return what config.json says of the quantized linears: one group a setting, the commonest for class Linear.
 
     ``kept`` lists the linears left float. Readers prefer a name to a class.
     """
@@ -134,11 +134,11 @@ def _bits_of(config: Mapping[str, Any], name: str) -> int:
             return 2 if re.match(target[3:], name) else 0
         return 1 if target == "Linear" else 0
 
-    groups = (config.get("config_groups") or {}).values()
-    ranked = [(max(map(rank, group["targets"]), default=0), i, group) for i, group in enumerate(groups)]
-    best, _, group = max(ranked, default=(0, 0, {}))
-    if not best:
+    groups: list[dict[str, Any]] = list((config.get("config_groups") or {}).values())
+    ranks = [max(map(rank, group.get("targets", [])), default=0) for group in groups]
+    if not any(ranks):
         raise CheckpointError("no config group of quantization_config is for it")
+    group = groups[ranks.index(max(ranks))]
     weights = group.get("weights") or {}
     if group.get("format") not in (None, FORMAT) or weights.get("type") != "int" or weights.get("num_bits") not in BITS:
         raise CheckpointError(

@@ -100,9 +100,16 @@ def evaluate(
     checkpoint = open_model(path)
     stream = Stream(checkpoint, device_of(device), trust_remote_code)
     if windows.tokens.max() >= stream.vocabulary:
-        raise CheckpointError(f"{path}: has {stream.vocabulary} token ids, but the text was tokenized for another model")
+        raise CheckpointError(
+            f"{path}: has {stream.vocabulary} token ids, but the text was tokenized for another model"
+        )
     theirs = None if reference is None else reference.hidden(windows, progress)
-    mine = stream.hidden(windows.tokens, _counter(progress, Path(path).name, stream.layers))
+    itself = reference is not None and reference.stream.checkpoint.folder.samefile(checkpoint.folder)
+    mine = (
+        theirs
+        if itself and theirs is not None
+        else stream.hidden(windows.tokens, _counter(progress, Path(path).name, stream.layers))
+    )
     scores = Scores()
     for i, x in enumerate(mine):
         progress("scoring", i, len(mine))

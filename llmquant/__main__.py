@@ -1,0 +1,5 @@
+"""``python -m llmquant``."""
+
+from llmquant.cli import main
+
+main()

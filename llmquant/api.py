@@ -1,0 +1,205 @@
+"""The Python interface: what the command line does, as functions.
+
+import llmquant
+llmquant.quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])
+llmquant.evaluate("out", reference="org/model", text="test.txt")
+llmquant.compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.txt")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from llmquant import data, evaluation, run
+from llmquant import export as exporting
+from llmquant import recipe as recipes
+from llmquant import report as reports
+from llmquant.checkpoint import check_output, locate, write_json
+from llmquant.errors import DataError, OutputError, RecipeError
+from llmquant.evaluation import Reference, Row
+from llmquant.plan import Plan
+from llmquant.protocols import Windows
+from llmquant.recipe import Recipe
+from llmquant.run import Progress, Report, silent
+
+Text = str | Path | data.TextSource
+
+
+def plan(
+    model: str | Path, recipe: str | Path | Recipe, *, changes: Iterable[str] = (), trust_remote_code: bool = False
+) -> Plan:
+    """Return what a run would do to every tensor, and what it would cost. Reads no weights.
+
+    >>> plan("org/model", "gptq-w4g128").bits_per_weight  # doctest: +SKIP
+    4.125
+    """
+    return run.make_plan(model, _recipe(recipe, changes), trust_remote_code)
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    changes: Iterable[str] = (),
+    work: str | Path | None = None,
+    device: str = "auto",
+    text: Text | None = None,
+    protocol: str = "llama.cpp",
+    evaluate: bool = True,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Quantize a model by a recipe, write it, measure what was written, and return the report.
+
+    model: a folder or a hub id. recipe: a shipped name, a YAML file or a Recipe.
+    changes: "key.path=value" for keys of the recipe.
+    work: a folder to keep the finished layers in; by default it is beside ``out`` and removed at the end.
+    text: what to measure on; by default sequences of the calibration text that were not calibrated on.
+
+    >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
+    """
+    chosen = _recipe(recipe, changes)
+    windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
+    report, held_out = run.quantize(model, chosen, out, work, device, restart, trust_remote_code, progress)
+    windows = windows or (held_out if evaluate else None)
+    rows: list[Row] = []
+    if windows is not None:
+        reference = Reference(model, device, trust_remote_code)
+        rows.append(
+            evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
+        )
+        rows += _measure(report, windows, reference, device, trust_remote_code, progress)
+    _finish(report, rows, model)
+    return report
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[str | Path | Recipe],
+    out: str | Path,
+    *,
+    changes: Iterable[str] = (),
+    device: str = "auto",
+    text: Text | None = None,
+    protocol: str = "llama.cpp",
+    max_tokens: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Quantize a model by several recipes and return one line each, the float model first.
+
+    Writes ``out/RECIPE`` (or ``out/RECIPE/FORMAT``), ``out/report.md`` and ``out/report.json``.
+
+    >>> compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.txt")  # doctest: +SKIP
+    """
+    changes = list(changes)
+    chosen = [_recipe(r, changes) for r in recipes]
+    names = [r.name for r in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{name}: two of the recipes have this name. Give one another `name`.")
+    out = Path(out)
+    check_output(out)
+    for one in chosen:  # whatever cannot work stops here, before any work
+        run.make_plan(model, one, trust_remote_code)
+    windows = None if text is None else evaluation.read_windows(model, text, protocol, max_tokens)
+    if windows is None and not any(r.calibration for r in chosen):
+        raise DataError("compare: there is no text to evaluate on. Give --text FILE.")
+    reference = Reference(model, device, trust_remote_code)
+    reports = []
+    for one in chosen:
+        report, held_out = run.quantize(model, one, out / one.name, None, device, False, trust_remote_code, progress)
+        windows = windows or held_out
+        reports.append(report)
+    if windows is None:
+        raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
+    rows = [evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)]
+    for report in reports:
+        measured = _measure(report, windows, reference, device, trust_remote_code, progress)
+        _finish(report, [rows[0], *measured], model)
+        rows += measured
+    write_json(out / "report.json", {"model": str(model), "rows": [row.as_dict() for row in rows]})
+    (out / "report.md").write_text(_comparison(rows, model), "utf-8")
+    return rows
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    reference: str | Path | Reference | None = None,
+    text: Text | Windows = "wikitext2",
+    protocol: str = "llama.cpp",
+    max_tokens: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Row:
+    """Return the perplexity of a model folder, float or packed, and its divergence from a reference.
+
+    >>> evaluate("out", reference="org/model", text="test.txt").kld_mean  # doctest: +SKIP
+    0.0021
+    """
+    if isinstance(reference, str | Path):
+        reference = Reference(reference, device, trust_remote_code)
+    if not isinstance(text, Windows):
+        text = evaluation.read_windows(path, text, protocol, max_tokens)
+    return evaluation.evaluate(path, text, reference, None, device, trust_remote_code, progress=progress)
+
+
+def export(work: str | Path, formats: Sequence[str], out: str | Path, progress: Progress = silent) -> dict[str, str]:
+    """Write a finished work folder in other formats, without calibrating again; return format -> folder.
+
+    >>> export("work", ["compressed_tensors"], "out")  # doctest: +SKIP
+    """
+    out = Path(out)
+    check_output(out)
+    plan, checkpoint, log = run.reopen_work(Path(work), formats)
+    outputs = {}
+    for name in formats:
+        target = out if len(formats) == 1 else out / name
+        exporting.write(plan, checkpoint, log, name, target, progress)
+        outputs[name] = str(target)
+    log.close()
+    return outputs
+
+
+def _recipe(recipe: str | Path | Recipe, changes: Iterable[str]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, list(changes))
+
+
+def _measure(
+    report: Report, windows: Windows, reference: Reference, device: str, trust_remote_code: bool, progress: Progress
+) -> list[Row]:
+    """Return a line for every folder that a run wrote, with the run's own time and memory."""
+    name = str(report.recipe["name"])
+    rows = [
+        evaluation.evaluate(folder, windows, reference, name, device, trust_remote_code, progress=progress)
+        for folder in report.outputs.values()
+    ]
+    return [dataclasses.replace(row, seconds=report.seconds, peak_rss_bytes=report.peak_rss_bytes) for row in rows]
+
+
+def _finish(report: Report, rows: Sequence[Row], model: str | Path) -> None:
+    """Put the report and the model card into every folder that a run wrote."""
+    report.evaluation = [row.as_dict() for row in rows]
+    readme = locate(model) / "README.md"
+    inherited = reports.front_matter(readme.read_text("utf-8", errors="replace")) if readme.is_file() else {}
+    for format_, folder in report.outputs.items():
+        mine = [row for row in rows if row.recipe == "float" or row.path == folder]
+        try:
+            write_json(Path(folder) / "llmquant-report.json", report.as_dict())
+            card = reports.model_card(report, mine, format_, str(model), inherited)
+            (Path(folder) / "README.md").write_text(card, "utf-8")
+        except OSError as error:
+            raise OutputError(f"{folder}: the report cannot be written: {error.strerror}") from None
+
+
+def _comparison(rows: Sequence[Row], model: str | Path) -> str:
+    return reports.comparison(rows, Path(model).name)
+
+
+__all__ = ["Reference", "Report", "Row", "compare", "evaluate", "export", "plan", "quantize"]

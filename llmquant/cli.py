@@ -1,0 +1,384 @@
+"""The command line. Every command is a few lines around a function of ``llmquant.api``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import llmquant
+from llmquant.errors import LlmquantError, OutputError
+
+if TYPE_CHECKING:
+    from llmquant.evaluation import Row
+    from llmquant.plan import Plan
+    from llmquant.run import Progress as Tell
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")]
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name (`llmquant list recipes`) or a YAML file.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="The new folder.")]
+Changes = Annotated[list[str], typer.Option("--set", help="key.path=value of the recipe; may be repeated.")]
+Formats = Annotated[list[str], typer.Option("--format", help="Container to write; may be repeated.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wikitext2.")]
+ProtocolName = Annotated[str, typer.Option("--protocol", help="gptq, llama.cpp, sliding or word.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)]
+Facts = Annotated[Path | None, typer.Option("--json", help="Write the same facts to a JSON file.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model folder's own Python code run.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Shrink open LLMs: quantize from a recipe, compare on perplexity and KL divergence, save for the runtimes."""
+    if version:
+        out.print(f"llmquant {llmquant.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option("--out", help="The new folder (default: demo-output).")] = None,
+    facts: Facts = None,
+) -> None:
+    """Quantize the small model that ships with llmquant by several recipes and compare them.
+
+    Example: llmquant demo --out /tmp/demo
+    """
+    from llmquant import demo as demonstration
+
+    with _progress() as tell:
+        rows, written = demonstration.run(folder, tell)
+    _show(rows)
+    out.print(f"Written below {escape(str(written))}: packed weights, model cards, report.md and report.json")
+    _write(facts, {"rows": [row.as_dict() for row in rows]})
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    changes: Changes = [],
+    formats: Formats = [],
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Show what would happen to every tensor, and what it would cost. Loads no weights.
+
+    Example: llmquant plan org/model gptq-w4g128 --set calibration.path=text.txt
+    """
+    from llmquant import api
+
+    planned = api.plan(model, recipe, changes=_with(changes, formats), trust_remote_code=trust)
+    _show_plan(planned)
+    _write(facts, _plan_facts(planned))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: RecipeName,
+    folder: OutFolder,
+    work: Annotated[Path | None, typer.Option(help="Keep the finished layers here, for `llmquant export`.")] = None,
+    formats: Formats = [],
+    changes: Changes = [],
+    device: Device = "auto",
+    text: Text = None,
+    protocol: ProtocolName = "llama.cpp",
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew in a used work folder.")] = False,
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Quantize a model and write it. The same command after a crash goes on where it stopped.
+
+    Example: llmquant quantize org/model gptq-w4g128 --out out --set calibration.path=text.txt
+    """
+    from llmquant import api
+
+    with _progress() as tell:
+        report = api.quantize(
+            model,
+            recipe,
+            folder,
+            changes=_with(changes, formats),
+            work=work,
+            device=device,
+            text=text,
+            protocol=protocol,
+            evaluate=not no_eval,
+            restart=restart,
+            trust_remote_code=trust,
+            progress=tell,
+        )
+    from llmquant.evaluation import Row
+
+    if report.resumed_layers:
+        out.print(f"{report.resumed_layers} finished layers were taken from the work folder.")
+    for note in report.notes:
+        out.print(f"note: {escape(note)}")
+    if report.evaluation:
+        _show([Row(**row) for row in report.evaluation])
+    elif not no_eval:
+        out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
+    for name, target in report.outputs.items():
+        out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
+    _write(facts, report.as_dict())
+
+
+@app.command()
+def export(
+    work: Annotated[Path, typer.Argument(help="A work folder of `llmquant quantize --work`.")],
+    formats: Formats,
+    folder: OutFolder,
+    facts: Facts = None,
+) -> None:
+    """Write a finished work folder in another format, without calibrating again.
+
+    Example: llmquant export work --format compressed_tensors --out out
+    """
+    from llmquant import api
+
+    with _progress() as tell:
+        written = api.export(work, formats, folder, tell)
+    for name, target in written.items():
+        out.print(f"{name}: {escape(target)}")
+    _write(facts, written)
+
+
+@app.command(name="eval")
+def evaluate(
+    paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed.")],
+    reference: Annotated[str | None, typer.Option(help="The float model to measure the divergence from.")] = None,
+    text: Annotated[str, typer.Option(help="A text file, or wikitext2.")] = "wikitext2",
+    protocol: ProtocolName = "llama.cpp",
+    max_tokens: MaxTokens = None,
+    device: Device = "auto",
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Measure perplexity, and with --reference the KL divergence from the float model.
+
+    Example: llmquant eval out --reference org/model --text test.txt
+    """
+    from llmquant import evaluation
+
+    with _progress() as tell:
+        windows = evaluation.read_windows(reference or paths[0], text, protocol, max_tokens)
+        base = evaluation.Reference(reference, device, trust) if reference else None
+        rows = [
+            evaluation.evaluate(
+                path, windows, base, "float" if path == reference else None, device, trust, progress=tell
+            )
+            for path in paths
+        ]
+    _show(rows)
+    _write(facts, {"rows": [row.as_dict() for row in rows]})
+
+
+@app.command()
+def compare(
+    model: Model,
+    recipes: Annotated[list[str], typer.Argument(help="Shipped recipes' names or YAML files.")],
+    folder: OutFolder,
+    changes: Changes = [],
+    device: Device = "auto",
+    text: Text = None,
+    protocol: ProtocolName = "llama.cpp",
+    max_tokens: MaxTokens = None,
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Quantize a model by several recipes and compare them in one table.
+
+    Example: llmquant compare org/model rtn-w4g128 gptq-w4g128 --out out --text test.txt --set calibration.path=text.txt
+    """
+    from llmquant import api
+
+    with _progress() as tell:
+        rows = api.compare(
+            model,
+            recipes,
+            folder,
+            changes=changes,
+            device=device,
+            text=text,
+            protocol=protocol,
+            max_tokens=max_tokens,
+            trust_remote_code=trust,
+            progress=tell,
+        )
+    _show(rows)
+    out.print(f"{escape(str(folder))}: the models, report.md and report.json")
+    _write(facts, {"rows": [row.as_dict() for row in rows]})
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="A model folder, float or packed.")], facts: Facts = None) -> None:
+    """List the tensors, sizes and settings of a model folder.
+
+    Example: llmquant inspect out
+    """
+    from llmquant.packed import PackedCheckpoint, open_model
+    from llmquant.report import size
+
+    checkpoint = open_model(path)
+    table = Table("tensor", "type", "shape", "bytes")
+    for name, info in checkpoint.infos.items():
+        shape = " x ".join(map(str, info.shape))
+        table.add_row(name, str(info.dtype).removeprefix("torch."), shape, f"{info.bytes:,}")
+    out.print(table)
+    total = sum(info.bytes for info in checkpoint.infos.values())
+    settings = checkpoint.settings if isinstance(checkpoint, PackedCheckpoint) else {}
+    packed = checkpoint.packed if isinstance(checkpoint, PackedCheckpoint) else {}
+    architecture = ", ".join(checkpoint.config.get("architectures", []))
+    out.print(f"{architecture}: {len(checkpoint.infos)} tensors, {size(total)}, {len(packed)} linears quantized")
+    if settings:
+        out.print_json(data=settings)
+    _write(
+        facts,
+        {
+            "architectures": checkpoint.config.get("architectures"),
+            "bytes": total,
+            "quantized_linears": sorted(packed),
+            "quantization_config": settings,
+            "tensors": {
+                n: {"dtype": str(i.dtype).removeprefix("torch."), "shape": i.shape, "file": i.file}
+                for n, i in checkpoint.infos.items()
+            },
+        },
+    )
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="grids, algorithms, transforms, formats, models or recipes.")],
+    facts: Facts = None,
+) -> None:
+    """List what there is of a kind, a line each.
+
+    Example: llmquant list recipes
+    """
+    from llmquant.catalogue import catalogue
+
+    found = catalogue(kind)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, line in found.items():
+        table.add_row(f"[bold]{escape(name)}[/bold]", escape(line))
+    out.print(table)
+    _write(facts, found)
+
+
+def main() -> None:
+    """Run the command line: what the input caused is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except LlmquantError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("Stopped. The work folder is kept; the same command goes on from there.")
+        sys.exit(130)
+
+
+def _with(changes: list[str], formats: list[str]) -> list[str]:
+    return [*changes, *([f"formats=[{', '.join(formats)}]"] if formats else [])]
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """Show a bar for what is being done, on a terminal; nothing elsewhere."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # this process is the command line's own
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task("starting", total=None)
+        doing = ""
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal doing
+            if what != doing:
+                bars.reset(task, description=what, total=total)
+                doing = what
+            bars.update(task, completed=done, total=total)
+
+        yield tell
+
+
+def _show(rows: list[Row]) -> None:
+    from llmquant.report import COLUMNS, cells
+
+    table = Table()
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, cells(row)))
+    wide = Console(width=max(out.width, 150)) if not out.is_terminal else out
+    wide.print(table)
+    for protocol in sorted({row.protocol for row in rows}):
+        out.print(f"Protocol: {escape(protocol)}", soft_wrap=True)
+
+
+def _show_plan(planned: Plan) -> None:
+    from llmquant.report import size
+
+    table = Table("linears", "grid", "algorithm", "bits per weight")
+    groups: dict[tuple[str, str, str], int] = {}
+    for linear in planned.linears:
+        if linear.grid is None or linear.choice is None:
+            key = ("float", "", str(8 * linear.dtype.itemsize))
+        else:
+            grid = f"{linear.choice.grid} {linear.choice.grid_config}"
+            key = (grid, f"{linear.choice.algorithm}", f"{linear.grid.bits_per_weight:.4f}")
+        groups[key] = groups.get(key, 0) + 1
+    for (grid, algorithm, bits), count in groups.items():
+        table.add_row(str(count), escape(grid), algorithm, bits)
+    out.print(table)
+    for note in planned.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(f"{planned.bits_per_weight:.4f} bits per quantized weight; {planned.weights:,} weights in all")
+    for name, count in planned.sizes.items():
+        out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
+    out.print(
+        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.sizes.values()))}"
+    )
+
+
+def _plan_facts(planned: Plan) -> dict[str, Any]:
+    return {
+        "linears": {
+            x.name: {"shape": [x.rows, x.cols], "grid": x.choice.grid, "bits_per_weight": x.grid.bits_per_weight}
+            if x.grid and x.choice
+            else {"shape": [x.rows, x.cols], "grid": "float", "bits_per_weight": 8 * x.dtype.itemsize}
+            for x in planned.linears
+        },
+        "kept": {name: list(info.shape) for name, info in planned.kept.items()},
+        "notes": planned.notes,
+        "bits_per_weight": planned.bits_per_weight,
+        "bytes": dict(planned.sizes),
+        "peak_bytes": planned.peak_bytes,
+        "work_bytes": planned.work_bytes,
+    }
+
+
+def _write(path: Path | None, facts: Any) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(facts, indent=2, default=str) + "\n", "utf-8")
+    except OSError as error:
+        raise OutputError(f"--json {path}: cannot be written: {error.strerror}") from None

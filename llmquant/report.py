@@ -1,0 +1,127 @@
+"""What people read at the end: tables for the screen and for Markdown, and the card of a written model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from llmquant.evaluation import Row
+    from llmquant.run import Report
+
+COLUMNS = ("recipe", "format", "size", "bpw", "perplexity", "KLD", "KLD 99 %", "top-1", "seconds", "peak memory")
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> size(999), size(18_337_560), size(4_200_000_000)
+    ('999 B', '18.3 MB', '4.20 GB')
+    """
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= one:
+            value = count / one
+            return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+    return f"{count} B"
+
+
+def cells(row: Row) -> list[str]:
+    """Return one line of a comparison, in the order of ``COLUMNS``."""
+    return [
+        row.recipe,
+        row.format,
+        size(row.bytes),
+        f"{row.bpw:.2f}",
+        f"{row.perplexity:.3f}",
+        _optional(row.kld_mean, ".5f"),
+        _optional(row.kld_p99, ".4f"),
+        _optional(row.top1, ".2%"),
+        f"{row.seconds:.1f}",
+        size(row.peak_rss_bytes),
+    ]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first two columns are text, the others numbers."""
+    lines = [columns, ["---" if i < 2 else "--:" for i in range(len(columns))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison(rows: Sequence[Row], model: str) -> str:
+    """Return the Markdown report of a comparison."""
+    protocols = sorted({row.protocol for row in rows})
+    return "\n".join(
+        [
+            f"# {model}, quantized",
+            "",
+            markdown(COLUMNS, map(cells, rows)),
+            "",
+            *(f"Perplexity protocol: {protocol}." for protocol in protocols),
+            "",
+            "Size: the weights' files. bpw: these, in bits, over the number of weights. KLD: mean KL divergence from "
+            "the float model's predictions, in nats a token (0 is identical). top-1: share of tokens for which both "
+            "models find the same next token likeliest. Seconds and peak memory: of quantizing and writing (float: of "
+            "evaluating). Every figure is measured on the written files, decoded.",
+            "",
+        ]
+    )
+
+
+def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inherited: Mapping[str, Any]) -> str:
+    """Return the README.md of a written folder. inherited: front matter of the float model's card (license and so on)."""
+    method = {"gptq": "gptq", "gptq_v2": "gptq"}.get(format_, "compressed-tensors")
+    bits = {round(r["bits_per_weight"], 3) for r in report.linears.values()}
+    front = {
+        **{key: inherited[key] for key in ("license", "license_name", "license_link", "language") if key in inherited},
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmquant", "quantized", method],
+    }
+    name = report.recipe["name"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        f"# {base.rstrip('/').rpartition('/')[2]} {name}",
+        "",
+        f"Quantized from `{base}` by llmquant {report.versions['llmquant']} with the recipe `{name}` "
+        f"({report.bits_per_weight} bits per quantized weight{'' if len(bits) == 1 else ', mixed'}); format `{format_}`.",
+        "",
+    ]
+    if rows:
+        lines += [markdown(COLUMNS, map(cells, rows)), "", f"Protocol: {rows[0].protocol}.", ""]
+    if report.calibration:
+        c = report.calibration
+        lines += [
+            f"Calibrated on {c['text']}: {c['sequences']} sequences of {c['length']} tokens "
+            f"({'with' if c['bos'] else 'without'} BOS), SHA-256 of the tokens `{c['sha256'][:16]}`.",
+            "",
+        ]
+    if report.notes:
+        lines += ["Departures from the recipe's grid:", "", *(f"- {note}" for note in report.notes), ""]
+    recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
+    return "\n".join([*lines, "The recipe as run:", "", "```yaml", recipe, "```", ""])
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """Return the YAML at the head of a model card, or nothing where there is none.
+
+    >>> front_matter("---\\nlicense: mit\\n---\\n# A model")
+    {'license': 'mit'}
+    """
+    parts = card.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        found = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
