@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmquant.errors import CheckpointError, OutputError
+from llmquant.models.spec import ModelSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -109,15 +110,22 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
         return tensor
 
-    def align(self, layers: str) -> None:
-        """Name tensors as the model's modules where a file leaves out the first part ("h.0." of "transformer.h.0.")."""
-        if any(name.startswith(f"{layers}.0.") for name in self.infos):
+    def align(self, spec: ModelSpec) -> None:
+        """Name the tensors as the modules of the model.
+
+        Files may leave out the first part ("h.0." of "transformer.h.0.") or have
+        older names for some modules (``spec.renamed``).
+        """
+        for old, new in spec.renamed:
+            self.infos = {new + n.removeprefix(old) if n.startswith(old) else n: i for n, i in self.infos.items()}
+        if any(name.startswith(f"{spec.layers}.0.") for name in self.infos):
             return
-        parts = layers.split(".")
+        parts = spec.layers.split(".")
         for cut in range(1, len(parts)):
             if any(name.startswith(".".join([*parts[cut:], "0."])) for name in self.infos):
                 prefix = ".".join([*parts[:cut], ""])
-                self.infos = {prefix + name: info for name, info in self.infos.items()}
+                heads = (f"{spec.head}.", prefix)
+                self.infos = {n if n.startswith(heads) else prefix + n: i for n, i in self.infos.items()}
 
 
 def locate(model: str | Path) -> Path:

@@ -274,6 +274,6 @@ def _as_text(source: TextSource, value: Any, number: int, tokenizer: Any) -> str
         text: str = tokenizer.apply_chat_template(value, tokenize=False)
         return text
     raise DataError(
-        f"{source.label}: row {number}: field {source.field!r} holds {type(value).__name__}, neither text nor a list of "
-        "{role, content} messages"
+        f"{source.label}: row {number}: field {source.field!r} holds {type(value).__name__}, neither text "
+        "nor a list of {role, content} messages"
     )

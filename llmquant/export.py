@@ -66,8 +66,8 @@ def write(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(
-            f"{out}: cannot be written: {error.strerror or error}. The work folder is kept; make room or choose another "
-            "--out, and run the same command again."
+            f"{out}: cannot be written: {error.strerror or error}. The work folder is kept; make room or choose "
+            "another --out, and run the same command again."
         ) from None
     return Written(written, hashes)
 
@@ -82,17 +82,18 @@ def _tensors(
     for i, name in enumerate(names):
         advance(i, len(names))
         linear = linears.get(name)
+        key = checkpoint.infos[name].key if name in checkpoint else name
         if linear is None or linear.grid is None:
             stored_as = f"{plan.spec.embed}.weight" if name not in checkpoint else name
             tensor = checkpoint.read(stored_as)
-            yield name, tensor.clone() if name not in checkpoint else tensor
+            yield key, tensor.clone() if name not in checkpoint else tensor
             continue
         q = work.load(linear.layer, linear.name, linear.grid)
         try:
             packed = exporter.pack(q)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
-        yield from ((f"{linear.name}.{suffix}", tensor) for suffix, tensor in packed.items())
+        yield from ((f"{key.removesuffix('.weight')}.{suffix}", tensor) for suffix, tensor in packed.items())
     advance(len(names), len(names))
 
 

@@ -20,7 +20,7 @@ class PackedCheckpoint(Checkpoint):
     def __init__(self, folder: Path, exporter: ModuleType, settings: dict[str, Any]) -> None:
         super().__init__(folder)
         spec = spec_for(self.config)
-        self.align(spec.layers)
+        self.align(spec)
         self.settings = settings
         self._exporter = exporter
         self.format = exporter.__name__.rpartition(".")[2]
@@ -48,7 +48,7 @@ def open_model(model: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(locate(model))
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
-        checkpoint.align(spec_for(checkpoint.config).layers)
+        checkpoint.align(spec_for(checkpoint.config))
         return checkpoint
     if not isinstance(settings, dict):
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: quantization_config is not an object")

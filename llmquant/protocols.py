@@ -88,7 +88,8 @@ def windows(
     stream = torch.tensor([bos, *ids] if bos is not None else ids, dtype=torch.int64)
     if len(stream) < size:
         raise DataError(
-            f"{text}: has {len(stream)} tokens, and protocol {protocol.name} needs windows of {size}. Give a longer text."
+            f"{text}: has {len(stream)} tokens, and protocol {protocol.name} needs windows of {size}. "
+            "Give a longer text."
         )
     # the first predicted token of each window: the one after those that the window before has scored
     starts = list(range(0, len(stream) - size + 1, stride))

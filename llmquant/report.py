@@ -70,7 +70,10 @@ def comparison(rows: Sequence[Row], model: str) -> str:
 
 
 def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inherited: Mapping[str, Any]) -> str:
-    """Return the README.md of a written folder. inherited: front matter of the float model's card (license and so on)."""
+    """Return the README.md of a written folder.
+
+    inherited: front matter of the float model's card, of which licence and language are carried over.
+    """
     method = {"gptq": "gptq", "gptq_v2": "gptq"}.get(format_, "compressed-tensors")
     bits = {round(r["bits_per_weight"], 3) for r in report.linears.values()}
     front = {
@@ -89,7 +92,8 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
         f"# {base.rstrip('/').rpartition('/')[2]} {name}",
         "",
         f"Quantized from `{base}` by llmquant {report.versions['llmquant']} with the recipe `{name}` "
-        f"({report.bits_per_weight} bits per quantized weight{'' if len(bits) == 1 else ', mixed'}); format `{format_}`.",
+        f"({report.bits_per_weight} bits per quantized weight{'' if len(bits) == 1 else ', mixed'}), "
+        f"format `{format_}`.",
         "",
     ]
     if rows:

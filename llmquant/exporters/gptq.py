@@ -51,7 +51,10 @@ def check(grid: Grid, rows: int, cols: int) -> None:
 
 
 def pack(q: QuantizedTensor, zero_shift: int = ZERO_SHIFT) -> dict[str, Tensor]:
-    """Return the tensors of one linear, keyed by the end of their name; raise FormatError when float16 is too narrow."""
+    """Return the tensors of one linear, keyed by the end of their name.
+
+    Raises FormatError when a scale has no exact float16 value.
+    """
     assert isinstance(q.grid, Affine)
     scale, zero = (q.params[name].flatten(1).T.contiguous() for name in ("scale", "zero"))
     scales = scale.to(torch.float16)

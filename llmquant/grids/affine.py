@@ -62,7 +62,7 @@ class Config:
             raise ShapeError(
                 f"{cols} columns are not a multiple of group_size {self.group_size}. Give it "
                 + (f"group_size {' or '.join(divisors)}, or " if divisors else "")
-                + "one scale a row (strategy: channel), e.g. by a rule, or set `fallback: substitute` (that) or `fallback: keep`"
+                + "one scale a row (strategy: channel), by a rule, or set `fallback: substitute` (that) or `keep`"
             )
         group = self.group_size if self.strategy == "group" else cols
         stored = DTYPES.get(self.scale_dtype, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)

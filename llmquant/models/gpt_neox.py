@@ -9,6 +9,7 @@ ARCHITECTURES = ("GPTNeoXForCausalLM",)
 SPECS = (
     ModelSpec(
         layers="gpt_neox.layers",
+        renamed=(("embed_out.", "lm_head."),),
         head="lm_head",
         embed="gpt_neox.embed_in",
         sites=(

@@ -56,6 +56,7 @@ class ModelSpec:
     embed: the embedding of the tokens.
     sites: all linears of a layer, in the order in which it computes them.
     conv1d: weights are stored [cols, rows], as transformers' Conv1D does.
+    renamed: modules with another name in files: pairs of a prefix there and here.
     layer_returns_tuple: a layer returns (x, ...), not x.
     when: values in the model's config that choose this spec. The first spec of a
         family whose values all match is taken, and a key that a config leaves out
@@ -68,4 +69,5 @@ class ModelSpec:
     sites: tuple[Site, ...]
     conv1d: bool = False
     layer_returns_tuple: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     when: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,54 @@
+"""What the README says is true."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from llmquant import cli, plugins
+from llmquant.recipe import Recipe
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_commands_run(llama, calibrated, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(texts / "calibration.txt", "text.txt")
+    shutil.copy(texts / "evaluation.txt", "test.txt")
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("llmquant ")]
+    assert len(commands) >= 7
+    small = [c for c in calibrated if "path" not in c]  # the models of the tests are narrower than a group of 128
+    for command in commands:
+        words = shlex.split(command.replace("org/model", str(llama)))
+        if words[1] in ("plan", "quantize", "compare"):
+            words += [x for change in small for x in ("--set", change)]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, command
+
+
+def test_the_recipe_is_valid():
+    (recipe,) = blocks("yaml")
+    plugins.validate(Recipe, {"name": "readme"} | yaml.safe_load(recipe), "")
+
+
+def test_the_python_runs(llama, calibrated, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(texts / "calibration.txt", "text.txt")
+    shutil.copy(texts / "evaluation.txt", "test.txt")
+    (code,) = blocks("python")
+    small = [c for c in calibrated if "path" not in c]
+    code = code.replace('"calibration.path=text.txt"', f'"calibration.path=text.txt", *{small!r}')
+    names = {}
+    exec(code.replace("org/model", str(llama)), names)
+    assert names["row"].kld_mean > 0
+    assert len(names["rows"]) == 3

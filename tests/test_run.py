@@ -1,0 +1,251 @@
+"""The main job end to end, on small models."""
+
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from llmquant import api, demo, evaluation, recipe, run
+from llmquant.errors import LlmquantError, OutputError, RecipeError
+from llmquant.packed import open_model
+from tests.conftest import VOCABULARY
+
+TINY = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def logits(folder, tokens, **options):
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def decoded(folder, float_folder):
+    """Return transformers' float model with our decoded weights in it."""
+    checkpoint = open_model(folder)
+    model = hf.AutoModelForCausalLM.from_pretrained(float_folder, dtype=torch.float32).eval()
+    for name in checkpoint.packed:
+        with torch.no_grad():
+            model.get_parameter(f"{name}.weight").copy_(checkpoint.read(f"{name}.weight"))
+    return model
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
+
+
+@pytest.mark.filterwarnings("ignore")  # compressed-tensors' own
+@pytest.mark.parametrize("changes", [["grid.bits=4"], ["grid.bits=8"]], ids=str)
+def test_transformers_computes_the_same_logits_from_a_written_folder(llama, calibrated, tmp_path, changes):
+    settings = [*calibrated, *changes, "formats=[compressed_tensors]"]
+    api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=settings, evaluate=False)
+    tokens = torch.randint(2, VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(1))
+    ours = decoded(tmp_path / "out", llama)(tokens).logits
+    theirs = logits(tmp_path / "out", tokens)
+    assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
+    assert (logits(llama, tokens) - theirs).abs().max() > 1e-2 * ours.abs().max() or "bits=8" in changes[0]
+
+
+def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tmp_path):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    run.quantize(llama, chosen, tmp_path / "whole")
+
+    def die(what, done, total):
+        if (what, done) == ("quantizing layers", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    assert not (tmp_path / "out").exists()
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.resumed_layers == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_work_folder_of_another_recipe_is_refused_and_the_difference_named(llama, calibrated, tmp_path):
+    work = tmp_path / "work"
+    run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "a", work)
+    other = recipe.load("gptq-w4g128", [*calibrated, "grid.bits=3"])
+    with pytest.raises(OutputError, match=r"begun with recipe\.grid\.bits = 4, and now it is 3"):
+        run.quantize(llama, other, tmp_path / "b", work)
+    run.quantize(llama, other, tmp_path / "b", work, restart=True)
+
+
+def test_exporting_again_equals_quantizing_to_that_format(llama, calibrated, tmp_path):
+    work = tmp_path / "work"
+    run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "gptq", work)
+    api.export(work, ["compressed_tensors"], tmp_path / "again")
+    direct = recipe.load("gptq-w4g128", [*calibrated, "formats=[compressed_tensors]"])
+    run.quantize(llama, direct, tmp_path / "direct")
+    assert files(tmp_path / "again") == files(tmp_path / "direct")
+
+
+def test_all_containers_of_one_run_decode_to_the_same_floats(llama, calibrated, tmp_path):
+    settings = [*calibrated, "formats=[gptq, gptq_v2, compressed_tensors]", "grid.symmetric=false"]
+    api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=settings, evaluate=False)
+    first, *others = [open_model(tmp_path / "out" / name) for name in ("gptq", "gptq_v2", "compressed_tensors")]
+    assert len(first.packed) == 3 * 7
+    for name in first.packed:
+        for other in others:
+            assert torch.equal(first.read(f"{name}.weight"), other.read(f"{name}.weight"))
+
+
+def test_sharded_and_single_checkpoints_give_the_same_result(llama, calibrated, tmp_path):
+    sharded = tmp_path / "sharded"
+    hf.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(sharded, max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / name, sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for model, out in ((llama, "a"), (sharded, "b")):
+        api.quantize(model, "gptq-w4g128", tmp_path / out, changes=calibrated, evaluate=False)
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_tied_embedding_stays_tied_or_is_untied_by_the_recipe(save_model, calibrated, tmp_path):
+    config = hf.LlamaConfig(
+        **TINY, intermediate_size=128, tie_word_embeddings=True, max_position_embeddings=256, pad_token_id=None
+    )
+    model = save_model(tmp_path / "model", config)
+    plain = [*calibrated, "formats=[compressed_tensors]"]
+    api.quantize(model, "gptq-w4g128", tmp_path / "tied", changes=plain, evaluate=False)
+    api.quantize(model, "gptq-w4g128", tmp_path / "untied", changes=[*plain, "tied_embeddings=untie"], evaluate=False)
+    api.quantize(
+        model,
+        "gptq-w4g128",
+        tmp_path / "head",
+        changes=[*plain, "tied_embeddings=untie", "ignore=[]"],
+        evaluate=False,
+    )
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert "lm_head.weight_packed" in load_file(tmp_path / "head" / "model.safetensors")
+    tokens = torch.randint(2, VOCABULARY, (1, 32), generator=torch.Generator().manual_seed(1))
+    tied, untied = (logits(tmp_path / x, tokens) for x in ("tied", "untied"))
+    assert torch.equal(tied, untied)
+    with pytest.raises(RecipeError, match="lm_head: the recipe quantizes it, but this model ties it"):
+        api.plan(model, "gptq-w4g128", changes=[*plain, "ignore=[]"])
+
+
+FAMILIES = {
+    "gpt2": hf.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, n_inner=128),
+    "neox": hf.GPTNeoXConfig(**TINY, intermediate_size=128, max_position_embeddings=256),
+    "opt": hf.OPTConfig(**TINY, ffn_dim=128, max_position_embeddings=256, word_embed_proj_dim=64),
+    "falcon": hf.FalconConfig(**TINY),
+    "bloom": hf.BloomConfig(**TINY),
+    "phi3": hf.Phi3Config(**TINY, intermediate_size=128, max_position_embeddings=256, pad_token_id=None),
+    "gemma3": hf.Gemma3TextConfig(
+        **TINY,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        head_dim=16,
+        num_key_value_heads=2,
+        sliding_window=16,
+    ),
+    "qwen3": hf.Qwen3Config(**TINY, intermediate_size=128, max_position_embeddings=256, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_written_and_evaluates_as_transformers_does(family, save_model, calibrated, texts, tmp_path):
+    model = save_model(tmp_path / "model", FAMILIES[family])
+    settings = [*calibrated, "calibration.length=64", "grid.bits=8"]
+    api.quantize(model, "gptq-w4g128", tmp_path / "out", changes=settings, evaluate=False)
+    windows = evaluation.read_windows(model, texts / "evaluation.txt", "gptq", 4096)
+    row = evaluation.evaluate(tmp_path / "out", windows, evaluation.Reference(model))
+    tokens = windows.tokens
+    judge = hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    weights = dict(judge.named_parameters())
+    checkpoint = open_model(tmp_path / "out")
+    assert checkpoint.packed
+    with torch.no_grad():
+        for name in checkpoint.packed:
+            assert not torch.equal(weights[f"{name}.weight"], checkpoint.read(f"{name}.weight"))
+            weights[f"{name}.weight"].copy_(checkpoint.read(f"{name}.weight"))
+        theirs = torch.nn.functional.cross_entropy(judge(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert row.perplexity == pytest.approx(float(theirs.exp()), rel=1e-4)
+    assert 0 < row.kld_mean < 0.01
+
+
+def test_tensor_names_without_the_first_part_are_understood(save_model, calibrated, tmp_path):
+    model = save_model(tmp_path / "model", FAMILIES["gpt2"])
+    tensors = load_file(model / "model.safetensors")
+    save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, model / "model.safetensors")
+    api.quantize(model, "gptq-w4g128", tmp_path / "out", changes=calibrated, evaluate=False)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "h.0.attn.c_attn.qweight" in file.keys()  # noqa: SIM118
+    assert open_model(tmp_path / "out").read("transformer.h.0.attn.c_attn.weight").shape == (64, 192)
+
+
+def test_a_shape_that_does_not_divide_is_refused_substituted_or_kept(llama, tmp_path):
+    wide = ["grid.group_size=96"]
+    with pytest.raises(LlmquantError, match=r"layers\.0\.self_attn\.q_proj\.weight: 64 columns are not a multiple"):
+        api.plan(llama, "rtn-w4g128", changes=wide)
+    substituted = api.plan(llama, "rtn-w4g128", changes=[*wide, "fallback=substitute"])
+    assert len(substituted.notes) == len(substituted.quantized) == 3 * 7
+    kept = api.plan(llama, "rtn-w4g128", changes=[*wide, "fallback=keep"])
+    assert not kept.quantized
+    assert len(kept.notes) == 3 * 7
+
+
+def test_the_plan_knows_the_size_of_the_tensors_that_are_written(llama, calibrated, tmp_path):
+    settings = [*calibrated, "formats=[gptq, compressed_tensors]", "grid.symmetric=false"]
+    plan = api.plan(llama, "gptq-w4g128", changes=settings)
+    api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=settings, evaluate=False)
+    for name, size in plan.sizes.items():
+        tensors = load_file(tmp_path / "out" / name / "model.safetensors")
+        assert sum(t.nbytes for t in tensors.values()) == size
+
+
+def test_gptq_diverges_less_than_rounding_on_the_demo_model(texts, tmp_path):
+    windows = evaluation.read_windows(demo.MODEL, texts / "evaluation.txt", "llama.cpp", 2048)
+    reference = evaluation.Reference(demo.MODEL)
+    settings = [f"calibration.path={texts / 'calibration.txt'}", "calibration.length=256", "calibration.sequences=16"]
+    for bits in (2, 4):
+        divergence = {}
+        for name in ("rtn-w4g128", "gptq-w4g128"):
+            out = tmp_path / f"{name}-{bits}"
+            run.quantize(demo.MODEL, recipe.load(name, [*settings, f"grid.bits={bits}"]), out)
+            divergence[name] = evaluation.evaluate(out, windows, reference).kld_mean
+        assert divergence["gptq-w4g128"] < 0.6 * divergence["rtn-w4g128"]
+
+
+def test_true_sequential_lets_later_sites_see_earlier_rounding(llama, calibrated, tmp_path):
+    for name, flag in (("a", "false"), ("b", "true")):
+        changes = [*calibrated, f"true_sequential={flag}"]
+        api.quantize(llama, "gptq-w4g128", tmp_path / name, changes=changes, evaluate=False)
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    first = "model.layers.0.{}.qweight"
+    assert torch.equal(a[first.format("self_attn.q_proj")], b[first.format("self_attn.q_proj")])
+    assert not torch.equal(a[first.format("mlp.down_proj")], b[first.format("mlp.down_proj")])
+
+
+def test_quantize_measures_on_text_it_did_not_calibrate_on_and_writes_a_card(llama, calibrated, tmp_path, read_json):
+    report = api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=calibrated)
+    float_row, row = report.evaluation
+    assert float_row["kld_mean"] == 0.0
+    assert 0 < row["kld_mean"] < 1
+    assert "not calibrated on" in row["protocol"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model_relation: quantized" in card
+    assert f"{row['perplexity']:.3f}" in card
+    told = read_json(tmp_path / "out" / "llmquant-report.json")
+    assert told["calibration"]["tokens"] == 16 * 128
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+    assert recipe.load(tmp_path / "out" / "recipe.yaml") == recipe.load("gptq-w4g128", calibrated)
+
+
+def test_two_runs_on_one_work_folder_are_refused(llama, calibrated, tmp_path):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    work = tmp_path / "work"
+
+    def second_run(what, done, total):
+        if (what, done) == ("quantizing layers", 1):
+            with pytest.raises(OutputError, match="another run is using this work folder"):
+                run.quantize(llama, chosen, tmp_path / "b", work)
+
+    run.quantize(llama, chosen, tmp_path / "a", work, progress=second_run)
+    assert not (tmp_path / "b").exists()
