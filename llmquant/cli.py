@@ -287,9 +287,6 @@ def main() -> None:
     except LlmquantError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("Stopped. The work folder is kept; the same command goes on from there.")
-        sys.exit(130)
 
 
 def _with(changes: list[str], formats: list[str]) -> list[str]:
@@ -316,7 +313,11 @@ def _progress() -> Iterator[Tell]:
                 doing = what
             bars.update(task, completed=done, total=total)
 
-        yield tell
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            err.print("Stopped. The work folder is kept; the same command goes on from there.")
+            raise typer.Exit(130) from None
 
 
 def _show(rows: list[Row]) -> None:

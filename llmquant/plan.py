@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from llmquant import plugins
 from llmquant.checkpoint import TensorInfo
@@ -233,13 +232,16 @@ def placeholder(linear: Linear) -> QuantizedTensor:
 
 
 def _size(plan: Plan, exporter: ModuleType) -> int:
-    pack: Callable[[QuantizedTensor], dict[str, Tensor]] = exporter.pack
+    packed: dict[tuple[Grid, int, int], int] = {}
     total = sum(info.bytes for info in plan.kept.values())
     for linear in plan.linears:
         if linear.grid is None:
             total += linear.weights * linear.dtype.itemsize
-        else:
-            total += sum(t.nbytes for t in pack(placeholder(linear)).values())
+            continue
+        key = (linear.grid, linear.rows, linear.cols)
+        if key not in packed:
+            packed[key] = sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
+        total += packed[key]
     return total
 
 

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, Literal
@@ -24,19 +25,24 @@ Kind = Literal["algorithms", "exporters", "grids", "models", "transforms"]
 
 def names(kind: Kind) -> list[str]:
     """Return every plugin of one kind, in alphabetical order."""
-    package = importlib.import_module(f"llmquant.{kind}")
-    own = {m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("spec", "moe")}
-    return sorted(own | {e.name for e in entry_points(group=f"llmquant.{kind}")})
+    return sorted(_modules(kind))
 
 
 def load(kind: Kind, name: str, where: str) -> ModuleType:
     """Import a plugin module. ``where`` is the place in the recipe, for the message."""
-    if name not in names(kind):
-        raise RecipeError(f"{where}: no {kind[:-1]} is called {name!r}.{hint(name, names(kind))}")
-    for entry in entry_points(group=f"llmquant.{kind}", name=name):
-        module: ModuleType = entry.load()
-        return module
-    return importlib.import_module(f"llmquant.{kind}.{name}")
+    modules = _modules(kind)
+    if name not in modules:
+        raise RecipeError(f"{where}: no {kind[:-1]} is called {name!r}.{hint(name, modules)}")
+    return importlib.import_module(modules[name])
+
+
+@cache
+def _modules(kind: Kind) -> dict[str, str]:
+    """Return the module of every plugin of one kind: those of other packages, then our own."""
+    package = importlib.import_module(f"llmquant.{kind}")
+    own = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("spec", "moe")]
+    others = {entry.name: entry.value for entry in entry_points(group=f"llmquant.{kind}")}
+    return others | {name: f"llmquant.{kind}.{name}" for name in own}
 
 
 def configure(kind: Kind, values: dict[str, Any], where: str) -> tuple[str, Any]:

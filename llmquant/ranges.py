@@ -39,17 +39,25 @@ def percentile(x: Float[Tensor, "n values"], symmetric: bool, percent: float) ->
 def mse(x: Float[Tensor, "n values"], symmetric: bool, importance: Float[Tensor, "n values"], levels: int) -> Range:
     """Return the shrunken [min, max] whose ``levels`` even steps leave the least sum(importance * error²)."""
     low, high = minmax(x, symmetric)
+    if not symmetric:
+        low = with_a_level_below_zero(low, high, levels)
+    whole = ((high - low) / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
+    zero = torch.full_like(low, levels // 2) if symmetric else (-low / whole).round().clamp(min=1)
     best = torch.full_like(low, torch.inf)
     best_share = torch.ones_like(low)
     for share in torch.linspace(1, SMALLEST, STEPS).tolist():
-        step = ((high - low) * share / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
-        zero = (-low * share / step).round()
+        step = whole * share
         rounded = ((x / step).round() + zero).clamp(0, levels - 1).sub_(zero).mul_(step)
         error = (importance * rounded.sub_(x).square_()).sum(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_share = torch.where(better, share, best_share)
     return low * best_share, high * best_share
+
+
+def with_a_level_below_zero(low: Tensor, high: Tensor, levels: int) -> Tensor:
+    """Return ``low``, or one step below zero where it is nearer to zero than that."""
+    return torch.minimum(low, -high / (levels - 2))
 
 
 def kl(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:

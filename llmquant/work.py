@@ -33,10 +33,10 @@ class Work:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / "lock")
             self._lock.acquire(timeout=0)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be used as a work folder: {error.strerror}") from None
         except Timeout:
             raise OutputError(f"{folder}: another run is using this work folder. Wait for it, or give --work") from None
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be used as a work folder: {error.strerror}") from None
         if (folder / NOTE).exists() and not restart:
             _check_same(folder, read_note(folder), fingerprint)
         else:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from llmquant import cli, plugins
@@ -30,10 +31,9 @@ def test_the_commands_run(llama, calibrated, texts, tmp_path, monkeypatch):
         if words[1] in ("plan", "quantize", "compare"):
             words += [x for change in small for x in ("--set", change)]
         monkeypatch.setattr(sys, "argv", words)
-        try:
+        with pytest.raises(SystemExit) as stop:
             cli.main()
-        except SystemExit as stop:
-            assert not stop.code, command
+        assert not stop.value.code, command
 
 
 def test_the_recipe_is_valid():

@@ -1,4 +1,12 @@
-"""GPTQ files, checkpoint_format "gptq_v2": those of ``llmquant.exporters.gptq`` with true zero points."""
+"""GPTQ files of version 2 (`checkpoint_format: gptq_v2`): zero points are stored as they are.
+
+Tensors, bits and config are those of ``gptq``, which also reads this version; only
+``qzeros`` holds the zero point itself, not minus 1.
+
+Source: AutoGPTQ pull request 640; GPTQModel, `FORMAT.GPTQ_V2`.
+Readers: GPTQModel, transformers with optimum and GPTQModel, SGLang, vLLM since its
+pull request 26092 (October 2025).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.exporters import gptq
-from llmquant.exporters.gptq import check, extra_files, linears, unpack
+from llmquant.exporters.gptq import CONV1D, METHOD, check, extra_files, linears, unpack
 from llmquant.grid import Grid, QuantizedTensor
 
 __all__ = ["CONV1D", "METHOD", "check", "extra_files", "linears", "pack", "quantization_config", "unpack"]
-
-METHOD = gptq.METHOD
-CONV1D = True
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -23,5 +28,6 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def quantization_config(linears: Mapping[str, Grid], kept: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json says of the quantized linears."""
-    return gptq.quantization_config(linears, kept, record, checkpoint_format="gptq_v2")
+    """Return the `quantization_config` of config.json; as in ``gptq``, with this version's name."""
+    config = gptq.quantization_config(linears, kept, record)
+    return {**config, "checkpoint_format": "gptq_v2", "format": "gptq_v2"}

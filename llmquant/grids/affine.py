@@ -119,6 +119,8 @@ class Affine:
                 low, high = ranges.mse(w, self.symmetric, importance, levels)
             case "kl":
                 low, high = ranges.kl(w, self.symmetric, levels)
+        if not self.symmetric:  # `store` has no zero point 0: without this the largest weights were cut by a step
+            low = ranges.with_a_level_below_zero(low, high, levels)
         return self.store((high - low) / (levels - 1), low)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from llmquant.stats import BLOCK, Accumulator, Stats
+
+
+def tokens(n, cols, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, cols, generator=generator) + torch.rand(cols, generator=generator)
+
+
+def collected(batches, needs="hessian"):
+    accumulator = Accumulator(batches[0].shape[1], needs)
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator.result()
+
+
+@pytest.mark.parametrize("cols", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+def test_the_statistics_are_means_over_tokens(cols):
+    x = tokens(48, cols)
+    stats = collected(x.split([1, 30, 17]))
+    x = x.double()
+    torch.testing.assert_close(stats.hessian.double(), x.T @ x / 48, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.square_mean.double(), x.square().mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.abs_mean.double(), x.abs().mean(0), rtol=1e-5, atol=1e-5)
+    assert stats.tokens == 48
+    assert torch.equal(stats.hessian, stats.hessian.T)
+
+
+@pytest.mark.parametrize("needs", ["nothing", "diagonal"])
+def test_without_a_need_for_it_there_is_no_hessian(needs):
+    x = tokens(20, 9)
+    stats = collected([x], needs)
+    assert stats.hessian is None
+    assert torch.equal(stats.square_mean, collected([x]).square_mean)
+    assert torch.equal(stats.abs_mean, collected([x]).abs_mean)
+
+
+def test_the_same_batches_give_the_same_bits_and_another_order_nearly_so():
+    batches = tokens(60, 33).split(20)
+    once, again, backwards = collected(batches), collected(batches), collected(batches[::-1])
+    assert torch.equal(once.hessian, again.hessian)
+    torch.testing.assert_close(once.hessian, backwards.hessian, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_activations_are_summed_in_float32():
+    x = tokens(5000, 3).bfloat16()
+    stats = collected(x.split(100))
+    torch.testing.assert_close(stats.hessian.double(), x.double().T @ x.double() / 5000, rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_is_not_changed_by_later_batches_and_reading_it_changes_nothing():
+    first, second = tokens(20, 5), tokens(20, 5, seed=1)
+    accumulator = Accumulator(5, "hessian")
+    accumulator.add(first)
+    early = accumulator.result()
+    accumulator.add(second)
+    assert torch.equal(early.hessian, collected([first]).hessian)
+    assert torch.equal(early.square_mean, collected([first]).square_mean)
+    assert torch.equal(accumulator.result().hessian, collected([first, second]).hessian)
+
+
+def test_no_statistics_count_every_column_the_same():
+    stats = Stats.none(4)
+    assert (stats.hessian, stats.tokens) == (None, 0)
+    assert torch.equal(stats.square_mean, torch.ones(4))
+
+
+def test_a_site_that_saw_no_token_has_statistics_of_zero():
+    stats = Accumulator(4, "hessian").result()
+    assert stats.tokens == 0
+    assert torch.equal(stats.hessian, torch.zeros(4, 4))
