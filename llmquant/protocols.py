@@ -43,7 +43,7 @@ PROTOCOLS = (
     Protocol("gptq", 2048, 2048, False, "new", False, False, "Frantar et al. 2022: windows side by side, no BOS"),
     Protocol("llama.cpp", 512, 512, True, "half", False, False, "llama-perplexity: second half of each window"),
     Protocol("sliding", 2048, 1024, False, "new", True, False, "transformers' guide to perplexity, strided"),
-    Protocol("word", 2048, 2048, True, "new", True, True, "lm-evaluation-harness, word_perplexity"),
+    Protocol("word", 2048, 2047, True, "new", True, True, "lm-evaluation-harness, word_perplexity"),
 )
 
 

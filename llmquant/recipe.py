@@ -34,6 +34,10 @@ class Rule(BaseModel):
     algorithm: dict[str, Any] = {}
     keep: bool = False
 
+    @property
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else self.match
+
 
 class Choice(BaseModel):
     """The grid and the algorithm of one linear, by name and settings."""
@@ -80,24 +84,27 @@ class Recipe(BaseModel):
 
     def model_post_init(self, context: Any) -> None:
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
+        _check_patterns(self.ignore, "ignore")
+        for i, rule in enumerate(self.rules):
+            _check_patterns(rule.patterns, f"rules.{i}.match")
         for i, name in enumerate(self.formats):
             plugins.load("exporters", name, f"formats.{i}")
 
     @cached_property
     def choices(self) -> list[Choice | None]:
         """What each rule does, in order, and last what holds where none matches. None keeps the linear float."""
+        own = _choice(self.grid, self.algorithm, "")  # first, so that its faults are not put down to a rule
         found: list[Choice | None] = []
         for i, rule in enumerate(self.rules):
             keep = rule.keep
             grid, algorithm = _over(self.grid, rule.grid), _over(self.algorithm, rule.algorithm)
             found.append(None if keep else _choice(grid, algorithm, f"rules.{i}."))
-        return [*found, _choice(self.grid, self.algorithm, "")]
+        return [*found, own]
 
     def choose(self, linear: str) -> Choice | None:
         """Return the grid and the algorithm for a linear, or None if it stays float."""
         for rule, choice in zip(self.rules, self.choices, strict=False):
-            patterns = [rule.match] if isinstance(rule.match, str) else rule.match
-            if any(matches(p, linear) for p in patterns):
+            if any(matches(p, linear) for p in rule.patterns):
                 return choice
         return None if any(matches(p, linear) for p in self.ignore) else self.choices[-1]
 
@@ -184,6 +191,14 @@ def _apply(values: dict[str, Any], change: str) -> None:
             if isinstance(node, dict) and node.get(step) is None:
                 node[step] = {}
             node = node[index]
+
+
+def _check_patterns(patterns: list[str], where: str) -> None:
+    for pattern in (p for p in patterns if p.startswith("re:")):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
