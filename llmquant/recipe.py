@@ -84,9 +84,11 @@ class Recipe(BaseModel):
 
     def model_post_init(self, context: Any) -> None:
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
-        _check_patterns(self.ignore, "ignore")
         for i, rule in enumerate(self.rules):
-            _check_patterns(rule.patterns, f"rules.{i}.match")
+            for pattern in rule.patterns:
+                _check_pattern(pattern, f"rules.{i}.match")
+        for pattern in self.ignore:
+            _check_pattern(pattern, "ignore")
         for i, name in enumerate(self.formats):
             plugins.load("exporters", name, f"formats.{i}")
 
@@ -193,12 +195,11 @@ def _apply(values: dict[str, Any], change: str) -> None:
             node = node[index]
 
 
-def _check_patterns(patterns: list[str], where: str) -> None:
-    for pattern in (p for p in patterns if p.startswith("re:")):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        matches(pattern, "")
+    except re.error as error:
+        raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
