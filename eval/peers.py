@@ -3,10 +3,15 @@
     python eval/peers.py MODEL --calib FILE --text FILE --gptqmodel PYTHON --llmcompressor PYTHON --out results.md
 
 Each peer runs in the interpreter of its own environment (PYTHON), all with the same
-number of threads, in turns. Wall time is that of the whole process: imports,
-loading, quantizing, saving. What they wrote is measured by llmquant's reader, which
+number of threads, in turns. Wall and processor time are those of the whole process:
+imports, loading, quantizing, saving. GPTQModel has two workers at the least, so
+compare processor time too. Its first run in an environment compiles an extension:
+run it once before timing. What they wrote is measured by llmquant's reader, which
 the tests hold against the peers' own decoders. With ``--check-load`` GPTQModel also
 decodes llmquant's folder, and the floats must be equal.
+
+The peers compute in their own choice of type, bfloat16 for a bfloat16 model; on a
+processor without bfloat16 instructions ``--peer-dtype float32`` is the faster one.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,11 +37,13 @@ from llmquant.stream import Stream
 
 GPTQMODEL = """
 import json, sys
+import torch
 from safetensors.torch import load_file
 from gptqmodel import GPTQModel, QuantizeConfig
-model, tokens, out, settings = sys.argv[1:5]
+model, tokens, out, dtype, settings = sys.argv[1:6]
 settings = json.loads(settings)
-model = GPTQModel.load(model, QuantizeConfig(**settings), device="cpu")
+dtype = "auto" if dtype == "auto" else getattr(torch, dtype)  # the name of a type is silently taken for "auto"
+model = GPTQModel.load(model, QuantizeConfig(**settings), device="cpu", dtype=dtype)
 rows = load_file(tokens)["tokens"].tolist()
 model.quantize([{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows], batch_size=1)
 model.save(out)
@@ -49,8 +57,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-model_path, tokens, out, settings = sys.argv[1:5]
-model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+model_path, tokens, out, dtype, settings = sys.argv[1:6]
+model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
 rows = load_file(tokens)["tokens"]
 loader = DataLoader([{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows], batch_size=1)
 modifier = GPTQModifier(targets="Linear", ignore=["lm_head"], scheme="W4A16", **json.loads(settings))
@@ -64,7 +72,7 @@ import sys
 import torch
 from gptqmodel import GPTQModel
 from safetensors.torch import save_file
-model = GPTQModel.load(sys.argv[1], device="cpu", backend="torch").model
+model = GPTQModel.load(sys.argv[1], device="cpu", backend="torch", dtype=torch.float32).model
 weights = {}
 for name, module in model.named_modules():
     if hasattr(module, "dequantize_weight"):
@@ -73,13 +81,26 @@ save_file(weights, sys.argv[2])
 """
 
 
+def children_seconds() -> float:
+    """Return the processor time of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def version(python: str, package: str) -> str:
+    """Return a package's version in another interpreter's environment."""
+    script = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=lambda given: Path(given).resolve())
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--gptqmodel", help="the interpreter of an environment with GPTQModel")
     parser.add_argument("--llmcompressor", help="the interpreter of an environment with llm-compressor")
+    parser.add_argument("--peer-dtype", choices=("auto", "float32"), default="auto", help="the peers compute in it")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
@@ -90,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     threads = str(args.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    environment["GPTQMODEL_CPU_WORKERS"] = str(max(2, args.threads))  # fewer than two, and it does not start
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,31 +134,37 @@ def main() -> None:
         def theirs(python: str, script: str, settings: dict[str, object]) -> list[str]:
             path = folder / f"{len(list(folder.glob('*.py')))}.py"
             path.write_text(script)
-            return [python, str(path), str(args.model), str(folder / "tokens.safetensors"), "OUT", json.dumps(settings)]
+            tokens = str(folder / "tokens.safetensors")
+            return [python, str(path), str(args.model), tokens, "OUT", args.peer_dtype, json.dumps(settings)]
 
         runs = {"llmquant": ours(), "llmquant actorder": ours("algorithm.actorder=true")}
         if args.gptqmodel:
-            setting = {"bits": 4, "group_size": 128, "sym": True}
+            setting: dict[str, object] = {"bits": 4, "group_size": 128, "sym": True}
             runs["GPTQModel"] = theirs(args.gptqmodel, GPTQMODEL, setting)
             runs["GPTQModel desc_act"] = theirs(args.gptqmodel, GPTQMODEL, setting | {"desc_act": True})
         if args.llmcompressor:
             runs["llm-compressor"] = theirs(args.llmcompressor, LLMCOMPRESSOR, {})
-            runs["llm-compressor static"] = theirs(args.llmcompressor, LLMCOMPRESSOR, {"actorder": "static"})
+            runs["llm-compressor no actorder"] = theirs(args.llmcompressor, LLMCOMPRESSOR, {"actorder": None})
         seconds: dict[str, list[float]] = {run: [] for run in runs}
+        processor: dict[str, list[float]] = {run: [] for run in runs}
         for turn in range(args.repeat):
             for run, command in runs.items():
                 out = folder / f"{run}-{turn}".replace(" ", "-")
                 command = [str(out) if word == "OUT" else word for word in command]
                 command += ["--out", str(out)] if run.startswith("llmquant") else []
-                started = time.monotonic()
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                started, before = time.monotonic(), children_seconds()
+                # GPTQModel leaves a folder `logs` wherever it runs
+                place = None if run.startswith("llmquant") else folder
+                done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
                 seconds[run].append(time.monotonic() - started)
+                processor[run].append(children_seconds() - before)
                 if done.returncode:
                     sys.exit(f"{run} failed:\n{done.stderr[-3000:]}")
-                print(run, f"{seconds[run][-1]:.1f} s", flush=True)
+                print(run, f"{seconds[run][-1]:.1f} s, {processor[run][-1]:.1f} s of a processor", flush=True)
         if args.check_load:
             decoded = folder / "decoded.safetensors"
-            subprocess.run([args.gptqmodel, "-c", DECODE, folder / "llmquant-0", decoded], env=environment, check=True)
+            command = [args.gptqmodel, "-c", DECODE, str(folder / "llmquant-0"), str(decoded)]
+            subprocess.run(command, env=environment, cwd=folder, check=True)
             judge, mine = load_file(decoded), open_model(folder / "llmquant-0")
             differences = [float((w - mine.read(f"{n}.weight")).abs().max()) for n, w in judge.items()]
             print(f"GPTQModel decodes {len(differences)} linears of llmquant; largest difference {max(differences):g}")
@@ -147,24 +175,46 @@ def main() -> None:
         for run in runs:
             row = evaluation.evaluate(folder / f"{run}-0".replace(" ", "-"), windows, reference, run)
             median = statistics.median(seconds[run])
-            facts.append(row.as_dict() | {"seconds": seconds[run], "command": runs[run]})
+            busy = statistics.median(processor[run])
+            times = {"seconds": seconds[run], "processor_seconds": processor[run]}
+            facts.append(row.as_dict() | times | {"command": runs[run]})
             kld = f"{row.kld_mean:.6f} ± {row.kld_error:.6f}"
-            rows.append([run, kld, f"{row.kld_p99:.5f}", f"{row.top1:.2%}", f"{median:.1f}", f"{median / base:.2f}"])
+            quality = [kld, f"{row.kld_p99:.5f}", f"{row.top1:.2%}", f"{row.perplexity:.3f}"]
+            rows.append([run, *quality, f"{median:.1f}", f"{median / base:.2f}", f"{busy:.1f}"])
             print(*rows[-1], flush=True)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        columns = ("program", "mean KLD", "KLD 99 %", "top-1", "seconds, whole process", "times llmquant's")
+        peers = {"gptqmodel": args.gptqmodel, "llmcompressor": args.llmcompressor}
+        versions = {package: version(python, package) for package, python in peers.items() if python}
+        named = ", ".join(f"{package} {number}" for package, number in versions.items())
+        columns = (
+            "program",
+            "mean KLD",
+            "KLD 99 %",
+            "top-1",
+            "perplexity",
+            "seconds",
+            "times llmquant's",
+            "processor s",
+        )
         lines = [
             f"# GPTQ w4g128, symmetric, {args.model.name}: the same tokens in three programs",
             "",
-            f"Commit {commit.stdout.strip()}; {args.sequences} sequences of {args.length} tokens of {args.calib.name}; "
-            f"{args.threads} thread(s), median of {args.repeat}. Protocol: {windows.label}.",
+            f"Commit {commit.stdout.strip()}; {named}, computing in {args.peer_dtype}; {args.sequences} sequences of "
+            f"{args.length} tokens of {args.calib.name}; {args.threads} thread(s), median of {args.repeat}. "
+            f"Protocol: {windows.label}.",
             "",
             markdown(columns, rows),
             "",
         ]
+        about = {
+            "commit": commit.stdout.strip(),
+            "versions": versions,
+            "protocol": windows.label,
+            "text": text.as_dict(),
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("\n".join(lines))
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+        args.out.with_suffix(".json").write_text(json.dumps(about | {"rows": facts}, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -221,10 +222,10 @@ def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
 def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
         raise DataError(f"{path}: is empty")
@@ -232,14 +233,16 @@ def _read(path: Path) -> str:
 
 
 def _json_rows(path: Path, text: str, lines: bool) -> Iterator[dict[str, Any]]:
-    try:
-        rows = ((n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-        for number, row in rows if lines else enumerate(json.loads(text), 1):
+    pieces = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()] if lines else [(1, text)]
+    for number, piece in pieces:
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: is not valid JSON: {error}") from None
+        for row in value if isinstance(value, list) and not lines else [value]:
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: is {type(row).__name__}, not an object with fields")
             yield row
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON: {error}") from None
 
 
 def _dataset_rows(source: TextSource) -> Iterator[dict[str, Any]]:

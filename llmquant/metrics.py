@@ -55,18 +55,22 @@ class Scores:
             part = slice(start, start + TOKENS)
             target = targets[part, None]
             log_p = logits[part].float().log_softmax(-1)
-            if not torch.isfinite(log_p).all():
-                raise NumericsError(
-                    f"the logits of scored token {sum(map(len, self._nll))} or one soon after it are NaN or infinite. "
-                    "The model is damaged, or its dtype is too narrow for its activations."
-                )
+            self._check(log_p, "the model")
             self._nll.append(-log_p.gather(1, target)[:, 0].cpu())
             if reference is None:
                 continue
             log_q = reference[part].float().log_softmax(-1)
+            self._check(log_q, "the reference")
             self._nll_reference.append(-log_q.gather(1, target)[:, 0].cpu())
-            self._kld.append((log_q.exp() * (log_q - log_p)).sum(-1).cpu())
+            self._kld.append((log_q.exp() * (log_q - log_p)).sum(-1, dtype=torch.float64).cpu())
             self._same.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu())
+
+    def _check(self, log_p: Tensor, whose: str) -> None:
+        if not torch.isfinite(log_p).all():
+            raise NumericsError(
+                f"the logits of {whose} at scored token {sum(map(len, self._nll))} or soon after it are NaN or infinite. "
+                "The model is damaged, or its dtype is too narrow for its activations."
+            )
 
     def result(self, units: float | None = None) -> Result:
         """Return the figures. units: what the log-likelihood is shared among (words), if not the tokens."""

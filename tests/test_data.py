@@ -104,7 +104,7 @@ def test_chat_messages_go_through_the_chat_template(tokenizer, tmp_path):
             {"field": "text"},
             r"row 1 has no field 'text', only 'txt'. Set calibration.field=txt",
         ),
-        ("a.jsonl", '{"text": "a"}\n{broken', {}, "is not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n{broken', {}, "a.jsonl:2: is not valid JSON"),
         ("a.jsonl", '["a"]', {}, "a.jsonl:1: is list, not an object"),
         ("a.jsonl", '{"text": 3}', {}, "holds int, neither text nor a list"),
         ("long.txt", TEXT, {"length": 512}, "calibration.length is 512, but the model takes at most 256"),

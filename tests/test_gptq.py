@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,8 +85,8 @@ def test_the_codes_are_those_of_optimal_brain_quantization(config, strategy, bit
 def test_the_block_size_does_not_change_the_result(config, strategy):
     w, stats = normal(16, 48), stats_of(hessian_of(activations(100, 48)))
     results = [
-        gptq.quantize(w, stats, grid_for(w, 3, strategy), gptq.Config(0.01, config.actorder, config.static_groups, b))
-        for b in (1, 3, 7, 20, 128)
+        gptq.quantize(w, stats, grid_for(w, 3, strategy), replace(config, block_size=size))
+        for size in (1, 3, 7, 20, 128)
     ]
     for other in results[1:]:
         assert torch.equal(other.codes, results[0].codes)
@@ -151,6 +153,8 @@ def test_columns_without_activations_are_rounded_to_nearest_and_disturb_no_other
     scale, offset = per_column(grid, q.params)
     nearest = ((w - offset) / scale).round()
     assert torch.equal(q.codes[:, dead].double(), nearest[:, dead])
+
+    assert gptq.quantize(w, stats, grid, replace(config, dampening_frac=0.0)).record["damping"] == 0
 
     w[:, dead] = -w[:, dead]
     alive = [c for c in range(32) if c not in dead]
