@@ -68,7 +68,7 @@ class Scores:
     def _check(self, log_p: Tensor, whose: str) -> None:
         if not torch.isfinite(log_p).all():
             raise NumericsError(
-                f"the logits of {whose} at scored token {sum(map(len, self._nll))} or soon after it are NaN or infinite. "
+                f"the logits of {whose} at scored token {sum(map(len, self._nll))} or soon after are NaN or infinite. "
                 "The model is damaged, or its dtype is too narrow for its activations."
             )
 
