@@ -123,7 +123,9 @@ def test_what_stands_in_for_a_refused_shape_holds_it_in_the_same_bits():
     assert config.bind(8, 60, torch.float16).group == 60
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"percentile": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"percentile": 0.0}]
+)
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is {next(iter(wrong.values()))}"):
         Config(**wrong)
@@ -178,7 +180,7 @@ def test_every_range_holds_zero():
     x = normal(3, 256) + 20
     for low, high in (
         ranges.minmax(x, False),
-        ranges.percentile(x, False, 90),
+        ranges.percentile(x, False, 90.0),
         ranges.mse(x, False, torch.ones_like(x), 16),
         ranges.kl(x, False, 16),
     ):

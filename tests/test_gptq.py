@@ -70,11 +70,10 @@ def brain_surgeon(w, hessian, grid, config):
 
 @options
 @strategies
-@pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("observer", ["minmax", "mse"])
+@pytest.mark.parametrize(("bits", "observer"), [(2, "mse"), (3, "minmax"), (8, "minmax")])
 def test_the_codes_are_those_of_optimal_brain_quantization(config, strategy, bits, observer):
-    w = normal(12, 32)
-    hessian = hessian_of(activations(64, 32))
+    w = normal(12, 24)
+    hessian = hessian_of(activations(64, 24))
     grid = grid_for(w, bits, strategy, symmetric=False, observer=observer)
     codes = gptq.quantize(w, stats_of(hessian), grid, config).codes
     assert torch.equal(codes, brain_surgeon(w, hessian, grid, config))
@@ -83,10 +82,9 @@ def test_the_codes_are_those_of_optimal_brain_quantization(config, strategy, bit
 @options
 @strategies
 def test_the_block_size_does_not_change_the_result(config, strategy):
-    w, stats = normal(16, 48), stats_of(hessian_of(activations(100, 48)))
+    w, stats = normal(16, 24), stats_of(hessian_of(activations(64, 24)))
     results = [
-        gptq.quantize(w, stats, grid_for(w, 3, strategy), replace(config, block_size=size))
-        for size in (1, 3, 7, 20, 128)
+        gptq.quantize(w, stats, grid_for(w, 3, strategy), replace(config, block_size=size)) for size in (1, 3, 7, 128)
     ]
     for other in results[1:]:
         assert torch.equal(other.codes, results[0].codes)
@@ -108,7 +106,7 @@ def test_without_correlation_it_is_rounding_to_nearest(config, strategy):
 @strategies
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_its_output_error_is_below_that_of_rounding_to_nearest(config, strategy, bits):
-    w, x = normal(24, 64, dtype=torch.float32), activations(256, 64, dtype=torch.float32)
+    w, x = normal(24, 32, dtype=torch.float32), activations(256, 32, dtype=torch.float32)
     grid, stats = grid_for(w, bits, strategy, group_size=16), stats_of(hessian_of(x))
 
     def error(q):
@@ -171,7 +169,7 @@ def test_a_hessian_of_zeros_gives_rounding_to_nearest():
 def test_a_hessian_that_cannot_be_factorised_climbs_the_damping_and_says_so():
     w = normal(4, 16)
     alike = stats_of(torch.ones(16, 16, dtype=torch.float64))  # every token the same, every column the same
-    q = gptq.quantize(w, alike, grid_for(w), gptq.Config(dampening_frac=0))
+    q = gptq.quantize(w, alike, grid_for(w), gptq.Config(dampening_frac=0.0))
     assert 0 < q.record["damping"] <= 1
     assert torch.isfinite(dequantize(q)).all()
     # one input with weight sum(w) a row: feedback must keep the sums, to half a step of the last column

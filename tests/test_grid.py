@@ -28,6 +28,9 @@ class Uneven:
         scale = w.unflatten(1, (-1, self.group)).abs().amax(2)
         return {"scale": scale, "offset": (importance * w).sum(1, keepdim=True) / importance.sum(1, keepdim=True)}
 
+    def store(self, scale, offset):
+        return {"scale": scale, "offset": offset[:, :1]}
+
     def levels(self, params):
         return params["scale"], params["offset"].expand_as(params["scale"])
 
@@ -105,7 +108,7 @@ def test_odd_rows_are_kept_to_half_a_step(row, symmetric, observer):
         "positive": spread,
         "one weight": torch.eye(64)[5],
     }[row][None]
-    config = affine.Config(bits=4, group_size=-1, symmetric=symmetric, observer=observer, percentile=100)
+    config = affine.Config(bits=4, group_size=-1, symmetric=symmetric, observer=observer, percentile=100.0)
     grid = config.bind(1, 64, torch.float16)
     params = fit_all(grid, w, torch.ones(64))
     q = QuantizedTensor(grid, encode(grid, w, *per_column(grid, params)), params)

@@ -175,6 +175,7 @@ def test_ignored_linears_stay_float_unless_a_rule_names_them(load):
         ("re:.*\\.[12]\\..*", "model.layers.2.mlp", True),
         ("re:.*\\.[12]\\..*", "model.layers.12.mlp", False),
         ("re:layers", "model.layers.0", False),
+        ("re:model", "model.layers.0", False),
     ],
 )
 def test_a_pattern_matches_the_whole_name(pattern, name, expected):
