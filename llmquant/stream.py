@@ -196,7 +196,7 @@ class Activations:
     """
 
     def __init__(
-        self, batches: list[Float[Tensor, "sequences time hidden"]], calls: dict[int, list[calibrate.Call]]
+        self, batches: list[Float[Tensor, "_sequences time hidden"]], calls: dict[int, list[calibrate.Call]]
     ) -> None:
         self.batches = batches
         self.calls = calls
