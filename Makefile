@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint clean
 
 demo: .venv/ready
-	$(BIN)/llmquant demo --out demo-output
+	$(BIN)/llmquant demo
 
 test: .venv/ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
