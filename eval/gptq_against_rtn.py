@@ -22,11 +22,11 @@ from llmquant.report import markdown
 VARIANTS = {
     "rtn": ["algorithm.name=rtn"],
     "rtn mse": ["algorithm.name=rtn", "grid.observer=mse"],
-    "gptq": [],
-    "gptq static": ["algorithm.static_groups=true"],
+    "gptq": ["algorithm.actorder=false"],
+    "gptq static": ["algorithm.actorder=false", "algorithm.static_groups=true"],
     "gptq actorder": ["algorithm.actorder=true"],
     "gptq actorder mse": ["algorithm.actorder=true", "grid.observer=mse"],
-    "gptq true_sequential": ["true_sequential=true"],
+    "gptq actorder true_sequential": ["algorithm.actorder=true", "true_sequential=true"],
 }
 GRIDS = {
     "w4g128 sym": ["grid.bits=4", "grid.group_size=128"],

@@ -138,7 +138,7 @@ def main() -> None:
             tokens = str(folder / "tokens.safetensors")
             return [python, str(path), str(args.model), tokens, "OUT", args.peer_dtype, json.dumps(settings)]
 
-        runs = {"llmquant": ours(), "llmquant actorder": ours("algorithm.actorder=true")}
+        runs = {"llmquant": ours(), "llmquant no actorder": ours("algorithm.actorder=false")}
         if args.gptqmodel:
             setting: dict[str, object] = {"bits": 4, "group_size": 128, "sym": True}
             runs["GPTQModel"] = theirs(args.gptqmodel, GPTQMODEL, setting)

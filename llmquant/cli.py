@@ -54,7 +54,7 @@ def demo(
 ) -> None:
     """Quantize the small model that ships with llmquant by several recipes and compare them.
 
-    Example: llmquant demo --out /tmp/demo
+    Example: llmquant demo --out demo
     """
     from llmquant import demo as demonstration
 
