@@ -69,6 +69,25 @@ class Grid(Protocol):
         """Read (scale, offset) of every group, exactly as a decoder will."""
 
 
+@runtime_checkable
+class BlockGrid(Grid, Protocol):
+    """A grid that fixes the bytes of a span too, the same in every file that holds it: a GGUF tensor type."""
+
+    @property
+    def name(self) -> str:
+        """The type's name in lower case, e.g. "q4_k"; also that of its module."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one span."""
+
+    def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
+        """Return the blocks of ``n`` spans; params each [n, k]. Meta tensors give meta tensors."""
+
+    def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
+        """Return the codes and parameters of ``n`` blocks: the inverse of ``to_bytes``."""
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """One quantized weight matrix, in no file format yet.

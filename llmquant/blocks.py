@@ -1,0 +1,49 @@
+"""What the GGUF tensor types have in common: stateless grids, one byte layout each, cut along the columns."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from llmquant.errors import ShapeError
+
+
+class Block:
+    """Base of a block grid (see ``llmquant.grid.BlockGrid``): its sizes, which are the same for every weight.
+
+    All instances of a class are equal, so that weights of one type may be quantized together.
+    """
+
+    name: ClassVar[str]
+    span: ClassVar[int]
+    group: ClassVar[int]
+    block_bytes: ClassVar[int]
+    per_tensor: ClassVar[bool] = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.span
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def check_columns(self, cols: int) -> None:
+        """Raise ShapeError unless whole blocks fit into a row."""
+        if cols % self.span:
+            raise ShapeError(
+                f"{cols} columns are not a multiple of {self.span}, which {self.name} needs. Give it another grid by "
+                "a rule, or set `fallback: substitute` (the type that llama.cpp would take) or `keep`"
+            )
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    """Round to float16, the largest finite value where that would overflow."""
+    top = torch.finfo(torch.float16).max
+    return x.clamp(-top, top).to(torch.float16)
