@@ -8,13 +8,14 @@ the last layer's output; asking it is safer than doing the same here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,9 @@ from llmquant.models.spec import ModelSpec, Site
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and keyword arguments that a decoder layer gets after x."""
+
+Steps = Generator[tuple[Site | None, Tensor], None, None]
+"""A layer's computation in steps: (site, what its linears are about to read), and at last (None, the output)."""
 
 
 @torch.no_grad()
@@ -99,6 +103,28 @@ def watch(layer: nn.Module, sites: Sequence[Site], see: Callable[[Site, Tensor],
             first = layer.get_submodule(site.linears[0])
             hooks.enter_context(first.register_forward_pre_hook(partial(hook, site)))
         yield
+
+
+@contextmanager
+def stepwise(layer: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[Tensor, Call], Steps]]:
+    """While active, let a layer be computed in steps that stop before each site's linears.
+
+    Gives ``begin(x, call)``, whose steps may be taken in turns with those of other
+    inputs: what is done to a site's weights while all have stopped there holds for
+    all. Closing the steps early saves the rest of the computation.
+    """
+
+    def begin(x: Tensor, call: Call) -> Steps:
+        forward = greenlet(lambda: (None, run_layer(layer, x, call)))  # its own stack, so that a hook can pause it
+        try:
+            while not forward.dead:
+                yield forward.switch()
+        finally:
+            if not forward.dead:
+                forward.throw()
+
+    with watch(layer, sites, lambda site, x: getcurrent().parent.switch((site, x))):
+        yield begin
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "rows ..."]:

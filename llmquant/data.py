@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from llmquant import protocols
 from llmquant.errors import CheckpointError, DataError
 
-BATCH = 1000  # documents tokenized at a time
+BATCH = 64  # documents tokenized at a time; more would read a stream further than needed
 HELD_OUT = 16  # sequences kept back to measure on, as far as the text gives them
 SPARE = 4  # a stream is read until it gives this many times the sequences asked for
 
@@ -147,18 +147,21 @@ def calibration_tokens(source: Calibration, tokenizer: Any, context: int) -> Cal
         raise DataError("calibration.bos is true, but the tokenizer has no BOS token")
     payload = length - use_bos
     enough = None if source.path else SPARE * source.sequences * payload
-    pieces: list[Tensor] = []
+    cut: list[int] = []  # whole sequences, one after the other
     rest: list[int] = []
     total = 0
     for ids in _tokenized(documents(source, tokenizer), tokenizer):
         total += len(ids)
-        rest = rest + ids if source.packing == "concat" else ids
+        if source.packing == "document":
+            rest.clear()
+        # a chat template may begin with the BOS that this sequence gets anyway
+        rest += ids[1:] if use_bos and not rest and ids[:1] == [bos] else ids
         whole = len(rest) // payload * payload
-        pieces.append(torch.tensor(rest[:whole], dtype=torch.int64).view(-1, payload))
-        rest = rest[whole:]
-        if enough and sum(map(len, pieces)) * payload >= enough:
+        cut += rest[:whole]
+        del rest[:whole]
+        if enough and len(cut) >= enough:
             break
-    found = torch.cat(pieces) if pieces else torch.empty(0, payload, dtype=torch.int64)
+    found = torch.tensor(cut, dtype=torch.int64).view(-1, payload)
     if len(found) < source.sequences:
         raise DataError(
             f"{source.label}: gives {total} tokens, that is {len(found)} sequences of {length}; "
@@ -199,8 +202,8 @@ def evaluation_windows(
     ids = next(_tokenized(iter([text]), tokenizer), [])
     words = len(text.split())
     if max_tokens is not None and max_tokens < len(ids):
-        words = round(words * max_tokens / len(ids))
         ids = ids[:max_tokens]
+        words = len(tokenizer.decode(ids).split())
     bos = _bos(tokenizer)
     if bos is None and protocol.words:
         bos = tokenizer.eos_token_id

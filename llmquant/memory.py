@@ -1,9 +1,12 @@
-"""The peak memory of this process, since it was last reset."""
+"""How much memory this process has used at most, since it was last reset, and how much there is to be had."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+import psutil
+import torch
 
 _PROC = Path("/proc/self")
 
@@ -28,3 +31,10 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -63,6 +63,7 @@ class Plan:
     needs: Needs = "nothing"
     sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
     peak_bytes: int = 0
+    waiting_bytes: int = 0  # activations that wait at a site, at most, when a layer is computed once for all sites
 
     @property
     def quantized(self) -> dict[str, Linear]:
@@ -156,6 +157,7 @@ def make(
         plan,
         sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
         peak_bytes=_peak_bytes(plan, hidden, tokens),
+        waiting_bytes=4 * tokens * (5 * hidden + max(_site_cols(plan, site) for site in spec.sites)),
     )
 
 

@@ -62,8 +62,8 @@ class Recipe(BaseModel):
         any work, "substitute" takes what the grid names for it (affine: one scale a row), "keep" leaves
         them float; both are listed in the report.
     calibration: the text to calibrate on; algorithms that read no statistics need none.
-    true_sequential: let every site of a layer see the rounding of the sites before it in the same layer,
-        for one more pass over the layer a site. Off: it sees that of the layers before it.
+    true_sequential: let every site of a layer see the rounding of the sites before it in the same layer.
+        Off: it sees that of the layers before it.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
     """
@@ -78,7 +78,7 @@ class Recipe(BaseModel):
     ignore: list[str] = ["lm_head"]
     fallback: Literal["error", "substitute", "keep"] = "error"
     calibration: Calibration | None = None
-    true_sequential: bool = False
+    true_sequential: bool = True
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
 

@@ -185,25 +185,24 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
+@torch.no_grad()
 def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress) -> None:
     activations = None if tokens is None else stream.start(tokens)
     heads = [x for x in plan.of_layer(None) if x.grid]
     for index in range(plan.layers):
         progress("quantizing layers", index, plan.layers)
-        linears = {x.name: x for x in plan.of_layer(index) if x.grid}
         last = index == plan.layers - 1 and not heads
         if log.has(index) and (activations is None or last):
             continue
         with stream.layer(index) as layer:
             if log.has(index):
-                for name, linear in linears.items():
-                    assert linear.grid is not None
-                    _put(layer, plan, linear, log.load(index, name, linear.grid))
+                for linear in plan.of_layer(index):
+                    if linear.grid is not None:
+                        _put(layer, plan, linear, log.load(index, linear.name, linear.grid))
+                if activations is not None:
+                    stream.run(layer, index, activations)
             else:
-                done, records = _quantize_layer(plan, stream, layer, index, activations)
-                log.save(index, done, records)
-            if activations is not None and not last:
-                stream.run(layer, index, activations)
+                log.save(index, *_quantize_layer(plan, stream, layer, index, activations, not last))
     for head in heads:
         if not log.has(None):
             assert head.grid is not None
@@ -217,35 +216,64 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor 
 
 
 def _quantize_layer(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations | None
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations | None, go_on: bool
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Quantize a layer's linears; their dequantized weights stay in the layer."""
+    """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
+
+    A site's statistics are those of its inputs as the quantized layers before it
+    make them, with ``true_sequential`` also the quantized sites before it in the
+    layer. Then, if memory allows, the layer is computed once for all: every
+    batch waits at a site until it is quantized. Otherwise one pass for each site
+    sees the same activations.
+    """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
     sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
-    rounds = [[s] for s in sites] if plan.recipe.true_sequential else [sites]
-    for together in rounds:
-        stats = {} if activations is None else _collect(plan, stream, layer, index, together, activations)
-        for site in together:
-            linears = [x for x in plan.of_layer(index, site) if x.grid]
-            weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
-            seen = stats.get(site.name) or Stats.none(linears[0].cols, stream.device)
-            quantized, told = _quantize_together(linears, weights, seen)
-            for linear in linears:
-                _put(layer, plan, linear, quantized[linear.name])
-            done |= quantized
-            records |= told
+
+    def quantize_site(site: Site, stats: Stats) -> None:
+        linears = [x for x in plan.of_layer(index, site) if x.grid]
+        weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
+        quantized, told = _quantize_together(linears, weights, stats)
+        for linear in linears:
+            _put(layer, plan, linear, quantized[linear.name])
+        done.update(quantized)
+        records.update(told)
+
+    if activations is None:
+        for site in sites:
+            quantize_site(site, Stats.none(plan.of_layer(index, site)[0].cols, stream.device))
+        return done, records
+    with calibrate.stepwise(layer, sites) as begin:
+        if plan.recipe.true_sequential and plan.waiting_bytes < memory.available_bytes(stream.device) / 2:
+            running = [begin(x, activations.call(x, index)) for x in activations.batches]
+            for _ in sites:
+                stops = [next(steps) for steps in running]
+                reached = stops[0][0]
+                assert reached is not None
+                sums = _accumulator(plan, stream, index, reached)
+                for _, seen in stops:
+                    sums.add(seen)
+                quantize_site(reached, sums.result())
+            if go_on:
+                activations.batches = [next(steps)[1] for steps in running]
+            return done, records
+        for together in [[s] for s in sites] if plan.recipe.true_sequential else [sites]:
+            wanted = {s.name: _accumulator(plan, stream, index, s) for s in together}
+            for x in activations.batches:
+                steps = begin(x, activations.call(x, index))
+                for _, (reached, seen) in zip(sites[: sites.index(together[-1]) + 1], steps, strict=False):
+                    if reached is not None and reached.name in wanted:
+                        wanted[reached.name].add(seen)
+                steps.close()
+            for site in together:
+                quantize_site(site, wanted[site.name].result())
+    if go_on:
+        stream.run(layer, index, activations)
     return done, records
 
 
-def _collect(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, sites: Sequence[Site], activations: Activations
-) -> dict[str, Stats]:
-    """Return the statistics of what each site reads, over one pass of all batches through the layer."""
-    sums = {s.name: Accumulator(plan.of_layer(index, s)[0].cols, plan.needs, stream.device) for s in sites}
-    with calibrate.watch(layer, sites, lambda site, x: sums[site.name].add(x)):
-        stream.run(layer, index, activations, keep=False)
-    return {name: sum_.result() for name, sum_ in sums.items()}
+def _accumulator(plan: Plan, stream: Stream, index: int, site: Site) -> Accumulator:
+    return Accumulator(plan.of_layer(index, site)[0].cols, plan.needs, stream.device)
 
 
 def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:

@@ -144,7 +144,7 @@ class Stream:
     def run(self, layer: nn.Module, index: int, activations: Activations, keep: bool = True) -> None:
         """Send all batches through a layer; ``keep`` puts its outputs in the place of its inputs."""
         for i, x in enumerate(activations.batches):
-            out = calibrate.run_layer(layer, x, activations.calls[len(x)][index])
+            out = calibrate.run_layer(layer, x, activations.call(x, index))
             if keep:
                 activations.batches[i] = out
 
@@ -200,6 +200,10 @@ class Activations:
     ) -> None:
         self.batches = batches
         self.calls = calls
+
+    def call(self, x: Float[Tensor, "sequences time hidden"], index: int) -> calibrate.Call:
+        """Return the other arguments of a layer for a batch of this size."""
+        return self.calls[len(x)][index]
 
 
 class _Catch(nn.Module):

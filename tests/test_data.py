@@ -94,6 +94,20 @@ def test_chat_messages_go_through_the_chat_template(tokenizer, tmp_path):
         tokenizer.chat_template = None
 
 
+def test_a_bos_token_in_the_chat_template_is_not_doubled(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": "A question about foxes. " * 8}]}] * 6
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    try:
+        source = calibration(path, field="messages", packing="document")
+        found = data.calibration_tokens(source, tokenizer, 256)
+    finally:
+        tokenizer.chat_template = None
+    assert (found.tokens[:, 0] == 0).all()
+    assert not (found.tokens[:, 1:] == 0).any()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
@@ -130,3 +144,14 @@ def test_evaluation_text_is_limited_to_the_tokens_asked_for(tokenizer, tmp_path)
     windows = data.evaluation_windows(source, protocols.named("gptq"), tokenizer, 64, max_tokens=200)
     assert windows.tokens.flatten().tolist() == plain_ids(tokenizer, TEXT)[: 3 * 64]
     assert windows.tokens.dtype == torch.int64
+
+
+def test_words_are_those_of_the_tokens_that_are_scored(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("short " * 300 + "extraordinarily-long-compounds " * 300)
+    kept = 150
+    windows = data.evaluation_windows(
+        data.TextSource(path=path), protocols.named("word"), tokenizer, 64, max_tokens=kept
+    )
+    text = tokenizer.decode(plain_ids(tokenizer, path.read_text())[:kept])
+    assert windows.units == len(text.split())

@@ -9,7 +9,17 @@ import transformers as hf
 from transformers.pytorch_utils import Conv1D
 
 from llmquant import plugins
-from llmquant.calibrate import finish, fold_scales, foldable, producer_rows, run_layer, start, watch, weight_of
+from llmquant.calibrate import (
+    finish,
+    fold_scales,
+    foldable,
+    producer_rows,
+    run_layer,
+    start,
+    stepwise,
+    watch,
+    weight_of,
+)
 from llmquant.errors import UnsupportedModel
 from llmquant.models import spec_for
 
@@ -185,6 +195,28 @@ def test_a_site_is_what_reads_the_same_activations(tiny):
         assert all(torch.equal(reads[name], activations) for name in site.linears)
     for (_, a), (_, b) in itertools.combinations(seen, 2):
         assert not torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_a_layer_in_steps_stops_before_each_site_and_gives_its_output(tiny):
+    model, spec, _ = tiny
+    layer = layers_of(model, spec)[0]
+    inputs, calls = zip(*(start(model, spec, tokens(seed)) for seed in (0, 1)), strict=True)
+    computed = []
+    for name, linear in linears_of(layer).items():
+        linear.register_forward_hook(lambda *_, name=name: computed.append(name))
+    with stepwise(layer, spec.sites) as begin:
+        running = [begin(x, call[0]) for x, call in zip(inputs, calls, strict=True)]
+        for site in spec.sites:
+            assert all(next(steps)[0] == site for steps in running)
+            assert not set(computed) & set(site.linears)
+        outputs = [next(steps) for steps in running]
+        abandoned = begin(inputs[0], calls[0][0])
+        next(abandoned)
+        abandoned.close()
+    for x, call, (site, out) in zip(inputs, calls, outputs, strict=True):
+        assert site is None
+        assert torch.equal(out, run_layer(layer, x, call[0]))
 
 
 @torch.no_grad()

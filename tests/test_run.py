@@ -8,7 +8,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, demo, evaluation, recipe, run
+from llmquant import api, demo, evaluation, memory, recipe, run
 from llmquant.errors import LlmquantError, OutputError, RecipeError
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
@@ -221,6 +221,17 @@ def test_true_sequential_lets_later_sites_see_earlier_rounding(llama, calibrated
     first = "model.layers.0.{}.qweight"
     assert torch.equal(a[first.format("self_attn.q_proj")], b[first.format("self_attn.q_proj")])
     assert not torch.equal(a[first.format("mlp.down_proj")], b[first.format("mlp.down_proj")])
+
+
+def test_a_layer_computed_once_gives_the_same_bytes_as_one_pass_for_each_site(llama, calibrated, tmp_path, monkeypatch):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    run.quantize(llama, chosen, tmp_path / "once")
+    passes = []
+    monkeypatch.setattr(memory, "available_bytes", lambda device: passes.append(device) or 0)
+    run.quantize(llama, chosen, tmp_path / "passes")
+    assert passes
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "passes"))
+    assert a == b
 
 
 def test_quantize_measures_on_text_it_did_not_calibrate_on_and_writes_a_card(llama, calibrated, tmp_path, read_json):
