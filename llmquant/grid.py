@@ -102,17 +102,26 @@ class QuantizedTensor:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+def nearest(
+    table: Float[Tensor, " levels"],
+    w: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    offset: Float[Tensor, "*shape"],
+) -> UInt8[Tensor, "*shape"]:
+    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
+    middles = (table[1:] + table[:-1]) / 2
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return torch.bucketize((w - offset) * inverse, middles).to(torch.uint8)
+
+
 def encode(
     grid: Grid,
     w: Float[Tensor, "*shape"],
     scale: Float[Tensor, "*shape"],
     offset: Float[Tensor, "*shape"],
 ) -> UInt8[Tensor, "*shape"]:
-    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
-    table = grid.table.to(w.device, w.dtype)
-    middles = (table[1:] + table[:-1]) / 2
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return torch.bucketize((w - offset) * inverse, middles).to(torch.uint8)
+    """Return the code of the level nearest to each weight."""
+    return nearest(grid.table.to(w.device, w.dtype), w, scale, offset)
 
 
 def decode(

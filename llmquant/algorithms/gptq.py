@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant.errors import CalibrationError
-from llmquant.grid import Grid, Params, QuantizedTensor, decode, encode, fit_all, per_column
+from llmquant.grid import Grid, Params, QuantizedTensor, fit_all, nearest, per_column
+from llmquant.kernels import gptq as kernel
 from llmquant.stats import Needs, Stats
 
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
@@ -80,22 +81,57 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
         for of_all, one in zip((scale, offset), per_column(grid, fitted[0]), strict=True):
             of_all.copy_(one.T[order])
 
+    fast = w.device.type == "cpu" and w.dtype == torch.float32
+    advance = kernel.round_columns if fast else round_columns
+    table = grid.table.to(w.device, w.dtype)
     for start, stop in _blocks(w.shape[1], grid.span, config.block_size):
         error = torch.empty_like(w_t[start:stop])
-        for c in range(start, stop):
+        step = stop - start if static else min(grid.span, stop - start)
+        for c in range(start, stop, step):
             if not static and c % grid.span == 0:
                 span = slice(c, c + grid.span)
                 fitted.append(fit_all(grid, w_t[span].T, importance[span]))
                 scale[span], offset[span] = (t.T for t in per_column(grid, fitted[-1]))
-            codes[c] = encode(grid, w_t[c], scale[c], offset[c])
-            torch.sub(w_t[c], decode(grid, codes[c], scale[c], offset[c]), out=error[c - start])
-            error[c - start] /= factor[c, c]
-            w_t[c + 1 : stop].addr_(factor[c, c + 1 : stop], error[c - start], alpha=-1)
+            these = slice(c, c + step)
+            inside = factor[start:stop, start:stop]
+            advance(
+                w_t[start:stop],
+                scale[these],
+                offset[these],
+                table,
+                inside,
+                codes[these],
+                error[c - start :][:step],
+                c - start,
+            )
         w_t[stop:].addmm_(factor[start:stop, stop:].T, error, alpha=-1)
 
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
     back = torch.empty_like(order).scatter_(0, order, _in_order(w))
     return QuantizedTensor(grid, codes[back].T.contiguous(), params, {"damping": damping})
+
+
+def round_columns(
+    w: Float[Tensor, "block rows"],
+    scale: Float[Tensor, "columns rows"],
+    offset: Float[Tensor, "columns rows"],
+    table: Float[Tensor, " levels"],
+    factor: Float[Tensor, "block block"],
+    codes: UInt8[Tensor, "columns rows"],
+    error: Float[Tensor, "columns rows"],
+    first: int,
+) -> None:
+    """Round columns first, first + 1, ... of a block to ``codes``, and let the block's later columns absorb the error.
+
+    w: the transposed weights of the block; its later columns are changed.
+    factor: the block's part of U. error: receives each column's error over its diagonal element of U.
+    """
+    for i in range(len(codes)):
+        c = first + i
+        codes[i] = nearest(table, w[c], scale[i], offset[i])
+        torch.sub(w[c], scale[i] * table[codes[i].long()] + offset[i], out=error[i])
+        error[i] /= factor[c, c]
+        w[c + 1 :].addr_(factor[c, c + 1 :], error[i], alpha=-1)
 
 
 def _in_order(w: Tensor) -> Tensor:

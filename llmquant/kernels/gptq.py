@@ -1,0 +1,70 @@
+"""The columns of one GPTQ block, rounded one after the other (the plain twin is in ``llmquant.algorithms.gptq``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.kernels import compiled, shared_out
+
+Array = NDArray[Any]
+TILE = 256  # rows that pass through all columns together; a block of 128 columns of them fits the second-level cache
+
+
+def round_columns(
+    w: Float[Tensor, "block rows"],
+    scale: Float[Tensor, "columns rows"],
+    offset: Float[Tensor, "columns rows"],
+    table: Float[Tensor, " levels"],
+    factor: Float[Tensor, "block block"],
+    codes: UInt8[Tensor, "columns rows"],
+    error: Float[Tensor, "columns rows"],
+    first: int,
+) -> None:
+    """Round columns first, first + 1, ... of a block; see the plain twin."""
+    levels = table.numpy()
+    uniform = bool(np.all(np.diff(levels) == 1))
+    arrays = (w.numpy(), scale.numpy(), offset.numpy(), levels, factor.numpy(), codes.numpy(), error.numpy())
+    shared_out(lambda start, stop: _round_columns(*arrays, first, uniform, start, stop), w.shape[1], TILE)
+
+
+@compiled
+def _round_columns(
+    w: Array,
+    scale: Array,
+    offset: Array,
+    table: Array,
+    factor: Array,
+    codes: Array,
+    error: Array,
+    first: int,
+    uniform: bool,
+    start: int,
+    stop: int,
+) -> None:
+    top = len(table) - 1
+    middles = (table[1:] + table[:-1]) / np.float32(2)
+    for begin in range(start, stop, TILE):
+        end = min(begin + TILE, stop)
+        for i in range(len(codes)):
+            c = first + i
+            for r in range(begin, end):
+                s, o = scale[i, r], offset[i, r]
+                inverse = np.float32(0) if s == 0 else np.float32(1) / s
+                x = (w[c, r] - o) * inverse
+                code = 0
+                if uniform:
+                    code = int(min(max(np.ceil(x - middles[0]), np.float32(0)), np.float32(top)))
+                else:
+                    for k in range(top):
+                        code += x > middles[k]
+                codes[i, r] = code
+                error[i, r] = (w[c, r] - (s * table[code] + o)) / factor[c, c]
+            for j in range(c + 1, len(w)):
+                f = factor[c, j]
+                for r in range(begin, end):
+                    w[j, r] -= f * error[i, r]
