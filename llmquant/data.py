@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import load_dataset
 from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -249,6 +248,8 @@ def _json_rows(path: Path, text: str, lines: bool) -> Iterator[dict[str, Any]]:
 
 
 def _dataset_rows(source: TextSource) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset  # a second of start-up that local text does not need
+
     try:
         if source.path is not None:
             if not source.path.is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 Needs = Literal["nothing", "diagonal", "hessian"]
 """How much an algorithm wants to know; each includes the ones before it."""
 
-BLOCK = 512  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
+BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,18 @@ class Accumulator:
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
         x = x.float()
         self._tokens += x.shape[0]
-        self._squares += x.square().sum(0)
         self._magnitudes += x.abs().sum(0)
-        if self._hessian is not None:
+        if self._hessian is None:
+            self._squares += x.square().sum(0)
+        else:
             for start in range(0, x.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
                 self._hessian[block, start:].addmm_(x[:, block].T, x[:, start:])
 
     def result(self) -> Stats:
         tokens = max(self._tokens, 1)
-        hessian = None
-        if self._hessian is not None:
-            upper = self._hessian.triu() / tokens
-            hessian = upper + upper.triu(1).T
-        return Stats(hessian, self._squares / tokens, self._magnitudes / tokens, self._tokens)
+        if self._hessian is None:
+            return Stats(None, self._squares / tokens, self._magnitudes / tokens, self._tokens)
+        upper = self._hessian.triu() / tokens
+        hessian = upper + upper.triu(1).T
+        return Stats(hessian, hessian.diagonal(), self._magnitudes / tokens, self._tokens)
