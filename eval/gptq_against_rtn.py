@@ -54,6 +54,7 @@ def main() -> None:
             f"calibration.sequences={args.sequences}",
             f"calibration.length={args.length}",
             "fallback=substitute",
+            "true_sequential=false",
             "formats=[compressed_tensors]",
         ]
         table = []

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BINS = 2048  # of the histogram that `kl` searches
+ROWS = 64  # whose histograms are searched together
 STEPS = 48  # shrunken ranges that `mse` tries
 SMALLEST = 0.35  # the narrowest of them, as a share of [min, max]
 
@@ -73,35 +74,39 @@ def kl(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
             -kl((-x).clamp(min=0), True, 2 * levels)[1],
             kl(x.clamp(min=0), True, 2 * levels)[1],
         )
-    ranges = [_kl_threshold(row, max(levels // 2, 2)) for row in x.abs()]
-    high = torch.stack(ranges)[:, None]
+    magnitude = x.abs()
+    # a few rows at a time: each needs some arrays of BINS float64
+    high = torch.cat([_kl_threshold(rows, max(levels // 2, 2)) for rows in magnitude.split(ROWS)])
     return -high, high
 
 
-def _kl_threshold(magnitude: Float[Tensor, " values"], levels: int) -> Float[Tensor, ""]:
-    top = magnitude.max()
-    if top == 0:
-        return top
-    counts = torch.histc(magnitude.float().cpu(), BINS, 0, float(top)).double()
-    counts[0] = 0  # zeros are exact at any threshold
-    total = counts.sum()
-    best, chosen = torch.inf, BINS
+def _kl_threshold(magnitude: Float[Tensor, "n values"], levels: int) -> Float[Tensor, "n 1"]:
+    top = magnitude.amax(1, keepdim=True)
+    unit = BINS / torch.where(top == 0, 1, top).double()
+    index = (magnitude * unit).long().clamp(max=BINS - 1)
+    # exact zeros cost nothing at any threshold
+    counts = torch.zeros(len(magnitude), BINS, dtype=torch.double, device=magnitude.device)
+    counts.scatter_add_(1, index, (magnitude > 0).double())
+    total = counts.sum(1, keepdim=True).clamp(min=1)
+    occupied = (counts > 0).double()
+    above = total - counts.cumsum(1)
+    best = torch.full_like(total, torch.inf)
+    chosen = torch.full_like(total, BINS)
     for width in range(levels, BINS + 1, max(BINS // 128, 1)):
-        kept = counts[:width].clone()
-        kept[-1] += counts[width:].sum()
-        index = torch.arange(width) * levels // width
-        occupied = (counts[:width] > 0).double()
-        mass = torch.zeros(levels, dtype=torch.double).index_add_(0, index, counts[:width])
-        share = mass / torch.zeros(levels, dtype=torch.double).index_add_(0, index, occupied).clamp(min=1)
-        spread = share[index] * occupied
-        if spread.sum() == 0:
-            continue
-        p, q = kept / total, spread / spread.sum()
+        kept = counts[:, :width].clone()
+        kept[:, -1] += above[:, width - 1]
+        merged = torch.arange(width, device=counts.device) * levels // width
+        mass = counts.new_zeros(len(counts), levels).index_add_(1, merged, counts[:, :width])
+        bins = counts.new_zeros(len(counts), levels).index_add_(1, merged, occupied[:, :width])
+        spread = (mass / bins.clamp(min=1))[:, merged] * occupied[:, :width]
+        held = spread.sum(1, keepdim=True)
+        p, q = kept / total, spread / held.clamp(min=1)
         # bins that only hold clipped mass have q = 0; a small floor keeps their cost finite
-        cost = float((p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log())).sum())
-        if cost < best:
-            best, chosen = cost, width
-    return top * chosen / BINS
+        cost = (p * (p.clamp(min=1e-12).log() - q.clamp(min=1e-12).log())).sum(1, keepdim=True)
+        better = (cost < best) & (held > 0)
+        best = torch.where(better, cost, best)
+        chosen = torch.where(better, width, chosen)
+    return top * (chosen / BINS).to(top.dtype)
 
 
 def _quantile(x: Float[Tensor, "n values"], share: float) -> Float[Tensor, "n 1"]:

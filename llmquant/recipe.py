@@ -98,9 +98,8 @@ class Recipe(BaseModel):
         own = _choice(self.grid, self.algorithm, "")  # first, so that its faults are not put down to a rule
         found: list[Choice | None] = []
         for i, rule in enumerate(self.rules):
-            keep = rule.keep
-            grid, algorithm = _over(self.grid, rule.grid), _over(self.algorithm, rule.algorithm)
-            found.append(None if keep else _choice(grid, algorithm, f"rules.{i}."))
+            choice = _choice(_over(self.grid, rule.grid), _over(self.algorithm, rule.algorithm), f"rules.{i}.")
+            found.append(None if rule.keep else choice)
         return [*found, own]
 
     def choose(self, linear: str) -> Choice | None:

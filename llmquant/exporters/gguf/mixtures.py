@@ -267,8 +267,7 @@ def types(
         elif pure or chosen.plain:
             wanted[name] = chosen.base
         elif name == head:
-            fits = tensors[name][-1] % _block(chosen.base) == 0
-            wanted[name] = "q6_k" if fits and chosen.base != "q8_0" and architecture.name != "falcon" else "q8_0"
+            wanted[name] = "q8_0" if chosen.base == "q8_0" or architecture.name == "falcon" else "q6_k"
         else:
             part = _part(name)
             index = seen[part]
