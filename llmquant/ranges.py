@@ -76,7 +76,7 @@ def kl(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
         )
     magnitude = x.abs()
     # a few rows at a time: each needs some arrays of BINS float64
-    high = torch.cat([_kl_threshold(rows, max(levels // 2, 2)) for rows in magnitude.split(ROWS)])
+    high = torch.cat([_kl_threshold(rows, max(levels // 2, 2)) for rows in torch.split(magnitude, ROWS)])
     return -high, high
 
 
