@@ -97,15 +97,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.infos
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor as it is stored."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return one tensor as it is stored, or some rows of it."""
         if name not in self.infos:
             raise CheckpointError(f"{self.folder}: has no tensor {name}")
         file, key = self.infos[name].file, self.infos[name].key
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, "pt")
-            tensor: Tensor = self._open[file].get_tensor(key)
+            opened = self._open[file]
+            tensor: Tensor = opened.get_slice(key)[slice(*rows)] if rows else opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
         return tensor
@@ -126,6 +127,15 @@ class Checkpoint:
                 prefix = ".".join([*parts[:cut], ""])
                 heads = (f"{spec.head}.", prefix)
                 self.infos = {n if n.startswith(heads) else prefix + n: i for n, i in self.infos.items()}
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise CheckpointError when a tensor holds NaN or infinite values."""
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite. The file is damaged, "
+            "or training diverged; nothing useful can be made of it."
+        )
 
 
 def locate(model: str | Path) -> Path:

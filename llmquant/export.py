@@ -13,17 +13,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from llmquant import plugins, recipe
 from llmquant.checkpoint import INDEX, Checkpoint, check_output, write_json, write_shards
 from llmquant.errors import FormatError, OutputError
-from llmquant.plan import Plan
-from llmquant.work import Work
+from llmquant.grid import QuantizedTensor
+from llmquant.plan import Linear, Plan
 
 COPIED = {".json", ".model", ".txt", ".jinja"}
 """Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where quantized linears come from: a work folder, or the checkpoint itself."""
+
+    def load(self, linear: Linear) -> QuantizedTensor:
+        """Return a linear."""
+
+    def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
+        """Yield a linear in pieces of some rows, in order."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,12 @@ class Written:
 
 
 def write(
-    plan: Plan, checkpoint: Checkpoint, work: Work, format_: str, out: Path, progress: Callable[[str, int, int], None]
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: Source,
+    format_: str,
+    out: Path,
+    progress: Callable[[str, int, int], None],
 ) -> Written:
     """Write the folder ``out``; it appears under its name only when it is complete."""
     check_output(out)
@@ -44,7 +61,7 @@ def write(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = _tensors(plan, checkpoint, work, exporter, lambda i, n: progress(f"writing {format_}", i, n))
+        tensors = _tensors(plan, checkpoint, source, exporter, lambda i, n: progress(f"writing {format_}", i, n))
         written = write_shards(partial, tensors)
         config = dict(checkpoint.config)
         grids = {name: linear.grid for name, linear in plan.quantized.items()}
@@ -69,11 +86,14 @@ def write(
             f"{out}: cannot be written: {error.strerror or error}. The work folder is kept; make room or choose "
             "another --out, and run the same command again."
         ) from None
+    except BaseException:  # a broken tensor, or Ctrl-C
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return Written(written, hashes)
 
 
 def _tensors(
-    plan: Plan, checkpoint: Checkpoint, work: Work, exporter: ModuleType, advance: Callable[[int, int], None]
+    plan: Plan, checkpoint: Checkpoint, source: Source, exporter: ModuleType, advance: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the new folder, in the order of the old one."""
     names = [x.weight_name for x in plan.linears] + list(plan.kept)
@@ -88,7 +108,7 @@ def _tensors(
             tensor = checkpoint.read(stored_as)
             yield key, tensor.clone() if name not in checkpoint else tensor
             continue
-        q = work.load(linear.layer, linear.name, linear.grid)
+        q = source.load(linear)
         try:
             packed = exporter.pack(q)
         except FormatError as error:

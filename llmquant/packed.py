@@ -30,17 +30,18 @@ class PackedCheckpoint(Checkpoint):
     def __contains__(self, name: str) -> bool:
         return name in self.infos or name.removesuffix(".weight") in self.packed
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, decoded to float32 if it is packed."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return one tensor, decoded to float32 if it is packed, or some rows of it."""
         linear = name.removesuffix(".weight")
         if name in self.infos or linear not in self.packed:
-            return super().read(name)
+            return super().read(name, rows)
         parts = {suffix: super(PackedCheckpoint, self).read(full) for suffix, full in self.packed[linear].items()}
         try:
             weight: Tensor = self._exporter.unpack(parts, self.settings, linear)
         except LlmquantError as error:
             raise type(error)(f"{self.folder}: {linear}: {error}") from None
-        return weight.T if self._conv1d else weight
+        weight = weight.T if self._conv1d else weight
+        return weight[slice(*rows)] if rows else weight
 
 
 def open_model(model: str | Path) -> Checkpoint:

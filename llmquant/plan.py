@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,9 +22,10 @@ RUNTIME_BYTES = 500_000_000  # Python, torch and transformers before any model
 
 @dataclass(frozen=True)
 class Linear:
-    """One weight matrix [rows, cols] of a decoder layer, or the output matrix (layer None).
+    """One weight matrix [rows, cols] of a decoder layer, or (layer None) the output matrix or the token embedding.
 
     grid: None where it stays float; ``note`` then says why, or which fallback was taken.
+    lookup: it is the token embedding, whose rows are read one by one: there are no activations.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Linear:
     grid: Grid | None
     choice: Choice | None
     note: str = ""
+    lookup: bool = False
 
     @property
     def weights(self) -> int:
@@ -48,8 +51,10 @@ class Linear:
 class Plan:
     """What a run does.
 
-    linears: every linear of the decoder layers in computing order, then the output matrix.
+    linears: every linear of the decoder layers in computing order, then the output matrix; the token embedding
+        where a mixture quantizes it.
     kept: all other tensors, copied as they are.
+    types: what a mixture gives every tensor of a GGUF file, by its name in the checkpoint.
     untie: the output matrix is a tensor of its own although the model ties it to the embedding.
     """
 
@@ -60,6 +65,7 @@ class Plan:
     kept: Mapping[str, TensorInfo]
     untie: bool
     floats: tuple[str, ...]  # modules with a matrix that stays float
+    types: Mapping[str, str] = field(default_factory=dict)
     needs: Needs = "nothing"
     sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
     peak_bytes: int = 0
@@ -108,6 +114,7 @@ class Plan:
 def make(
     recipe: Recipe,
     spec: ModelSpec,
+    config: Mapping[str, Any],
     tied: bool,
     hidden: int,
     infos: Mapping[str, TensorInfo],
@@ -116,33 +123,45 @@ def make(
 ) -> Plan:
     """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
 
+    config: what the model's config.json holds.
     tied: whether the model uses its embedding as the output matrix too.
     hidden: width of the residual stream. context: most tokens of a sequence.
     matrices: the names of all linear modules outside the decoder layers.
     """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
     layers = _count_layers(spec, infos)
-    head_choice = recipe.choose(spec.head)
     untie = tied and recipe.tied_embeddings == "untie"
+    embed, head = f"{spec.embed}.weight", f"{spec.head}.weight"
+    infos = {n: i for n, i in infos.items() if n != head or not tied}
+    if untie:
+        infos[head] = infos[embed]
+    types: dict[str, tuple[str, str]] = {}
+    for name, exporter in exporters.items():
+        if recipe.mixture and not hasattr(exporter, "choose_types"):
+            raise FormatError(
+                f"a {name} file has no mixtures. Use `formats: [gguf]`, or a `grid` instead of the mixture"
+            )
+        if hasattr(exporter, "choose_types"):
+            types = exporter.choose_types(recipe.mixture, config, infos, _calibrated(recipe))
+    head_choice = recipe.choose(spec.head, head=True)
     if tied and not untie and head_choice is not None:
         raise RecipeError(
             f"{spec.head}: the recipe quantizes it, but this model ties it to {spec.embed}, which stays float. "
             "Set `tied_embeddings: untie`, or leave it in `ignore`."
         )
+    wanted = types if recipe.mixture else {}
     linears = [
-        _linear(f"{spec.layers}.{i}.{local}", i, recipe, spec, infos, exporters)
+        _linear(f"{spec.layers}.{i}.{local}", i, recipe, spec, infos, exporters, wanted)
         for i in range(layers)
         for site in spec.sites
         for local in site.linears
     ]
-    if untie or not tied:
-        shape_of = f"{spec.embed}.weight" if untie else f"{spec.head}.weight"
-        head = {f"{spec.head}.weight": infos[shape_of]}
-        linears.append(_linear(spec.head, None, recipe, spec, head, exporters))
+    if head in infos:
+        linears.append(_linear(spec.head, None, recipe, spec, infos, exporters, wanted))
+    if recipe.mixture:
+        linears.append(_linear(spec.embed, None, recipe, spec, infos, exporters, wanted))
     planned = {x.weight_name for x in linears}
     kept = {name: info for name, info in infos.items() if name not in planned}
-    if tied and not untie:
-        kept.pop(f"{spec.head}.weight", None)
     needs: list[Needs] = ["nothing"]
     needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
     most = max(needs, key=("nothing", "diagonal", "hessian").index)
@@ -150,7 +169,8 @@ def make(
         raise RecipeError("calibration: missing, and the algorithm needs text. Add --set calibration.path=FILE.")
     quantized = {x.name for x in linears if x.grid}
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
-    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), most)
+    stored = {name: type_ for name, (type_, _) in types.items()}
+    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, most)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
     return replace(
@@ -177,6 +197,7 @@ def _linear(
     spec: ModelSpec,
     infos: Mapping[str, TensorInfo],
     exporters: Mapping[str, ModuleType],
+    types: Mapping[str, tuple[str, str]],
 ) -> Linear:
     if f"{name}.weight" not in infos:
         raise ShapeError(f"{name}.weight: the checkpoint has no such tensor")
@@ -184,19 +205,25 @@ def _linear(
     if len(info.shape) != 2 or not info.dtype.is_floating_point:
         raise ShapeError(f"{name}.weight: is {info.dtype} {list(info.shape)}, not a float matrix")
     rows, cols = reversed(info.shape) if spec.conv1d and layer is not None else info.shape
-    choice = recipe.choose(name)
+    type_, note = types.get(f"{name}.weight", (None, ""))
+    choice = recipe.choose(name, type_, head=name == spec.head)
+    lookup = name == spec.embed
     if choice is None:
-        return Linear(name, layer, rows, cols, info.dtype, None, None)
-    note = ""
+        return Linear(name, layer, rows, cols, info.dtype, None, None, note, lookup)
+    if choice.grid != type_:  # by a rule
+        note = ""
+    if lookup:
+        choice = recipe.of_type(choice.grid, {"name": "rtn"}) or choice
     try:
         try:
             grid = choice.grid_config.bind(rows, cols, info.dtype)
         except ShapeError as error:
             if recipe.fallback == "error":
                 raise
-            if recipe.fallback == "keep":
-                return Linear(name, layer, rows, cols, info.dtype, None, None, f"kept float: {_short(error)}")
-            name_, substitute = choice.grid_config.substitute()
+            substituted = choice.grid_config.substitute()
+            if recipe.fallback == "keep" or substituted is None:
+                return Linear(name, layer, rows, cols, info.dtype, None, None, f"kept float: {_short(error)}", lookup)
+            name_, substitute = substituted
             grid = substitute.bind(rows, cols, info.dtype)
             note = f"substituted {name_} {substitute}: {_short(error)}"
         for exporter in exporters.values():
@@ -208,11 +235,18 @@ def _linear(
                 )
     except LlmquantError as error:
         raise type(error)(f"{name}.weight: {error}") from None
-    return Linear(name, layer, rows, cols, info.dtype, grid, choice, note)
+    return Linear(name, layer, rows, cols, info.dtype, grid, choice, note, lookup)
 
 
 def _short(error: Exception) -> str:
     return str(error).split(". ")[0]
+
+
+def _calibrated(recipe: Recipe) -> bool:
+    """Whether the recipe's own algorithm reads activation statistics."""
+    _, config = plugins.configure("algorithms", recipe.algorithm, "algorithm")
+    needs: Needs = plugins.load("algorithms", recipe.algorithm["name"], "algorithm").needs(config)
+    return needs != "nothing"
 
 
 def _needs(choice: Choice) -> Needs:
@@ -235,10 +269,13 @@ def placeholder(linear: Linear) -> QuantizedTensor:
 
 def _size(plan: Plan, exporter: ModuleType) -> int:
     packed: dict[tuple[Grid, int, int], int] = {}
-    total = sum(info.bytes for info in plan.kept.values())
+    if hasattr(exporter, "float_bytes"):
+        total: int = exporter.float_bytes(plan)
+    else:
+        total = sum(info.bytes for info in plan.kept.values())
+        total += sum(x.weights * x.dtype.itemsize for x in plan.linears if x.grid is None)
     for linear in plan.linears:
         if linear.grid is None:
-            total += linear.weights * linear.dtype.itemsize
             continue
         key = (linear.grid, linear.rows, linear.cols)
         if key not in packed:

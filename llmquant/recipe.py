@@ -50,14 +50,33 @@ class Choice(BaseModel):
     algorithm_config: Any
 
 
+class Mixture(BaseModel):
+    """Types of a GGUF file, tensor by tensor: those that llama-quantize picks for a name such as "q4_k_m".
+
+    pure: the base type for every matrix.
+    output, token_embedding: types for these two matrices.
+    overrides: types by a regular expression, searched in the tensor's GGUF name ("blk.0.ffn_down.weight"); the first
+        that fits counts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    pure: bool = False
+    output: str | None = None
+    token_embedding: str | None = None
+    overrides: dict[str, str] = {}
+
+
 class Recipe(BaseModel):
     """A run: which numbers, which algorithm, which text, which files.
 
     name, description: for people, reports and model cards.
     grid: {name: affine, bits: 4, ...}; see `llmquant list grids`.
+    mixture: {name: q4_k_m, ...} instead of a grid: each matrix gets its own, for a GGUF file.
     algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
     rules: exceptions, by name.
-    ignore: linears that stay float, by glob or "re:" expression.
+    ignore: linears that stay float, by glob or "re:" expression; without a mixture the output matrix, if not given.
     fallback: what to do where a weight's columns do not divide into groups. "error" stops before
         any work, "substitute" takes what the grid names for it (affine: one scale a row), "keep" leaves
         them float; both are listed in the report.
@@ -72,10 +91,11 @@ class Recipe(BaseModel):
 
     name: str
     description: str = ""
-    grid: dict[str, Any]
+    grid: dict[str, Any] | None = None
+    mixture: Mixture | None = None
     algorithm: dict[str, Any] = {"name": "rtn"}
     rules: list[Rule] = []
-    ignore: list[str] = ["lm_head"]
+    ignore: list[str] | None = None
     fallback: Literal["error", "substitute", "keep"] = "error"
     calibration: Calibration | None = None
     true_sequential: bool = True
@@ -83,11 +103,15 @@ class Recipe(BaseModel):
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
 
     def model_post_init(self, context: Any) -> None:
+        if (self.grid is None) == (self.mixture is None):
+            raise RecipeError(
+                "grid: a recipe needs a grid, or else a mixture; this one has " + ("both" if self.grid else "neither")
+            )
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
         for i, rule in enumerate(self.rules):
             for pattern in rule.patterns:
                 _check_pattern(pattern, f"rules.{i}.match")
-        for pattern in self.ignore:
+        for pattern in self.ignore or []:
             _check_pattern(pattern, "ignore")
         for i, name in enumerate(self.formats):
             plugins.load("exporters", name, f"formats.{i}")
@@ -95,19 +119,36 @@ class Recipe(BaseModel):
     @cached_property
     def choices(self) -> list[Choice | None]:
         """What each rule does, in order, and last what holds where none matches. None keeps the linear float."""
-        own = _choice(self.grid, self.algorithm, "")  # first, so that its faults are not put down to a rule
+        # what holds for all comes first, so that its faults are not put down to a rule
+        own = None if self.grid is None else _choice(self.grid, self.algorithm, "")
         found: list[Choice | None] = []
         for i, rule in enumerate(self.rules):
-            choice = _choice(_over(self.grid, rule.grid), _over(self.algorithm, rule.algorithm), f"rules.{i}.")
-            found.append(None if rule.keep else choice)
+            if self.grid is None and not rule.grid and not rule.keep:
+                raise RecipeError(f"rules.{i}: a rule beside a mixture needs a `grid`, or `keep: true`")
+            grid = _over(self.grid or {}, rule.grid)
+            choice = None if rule.keep else _choice(grid, _over(self.algorithm, rule.algorithm), f"rules.{i}.")
+            found.append(choice)
         return [*found, own]
 
-    def choose(self, linear: str) -> Choice | None:
-        """Return the grid and the algorithm for a linear, or None if it stays float."""
+    def choose(self, linear: str, type_: str | None = None, head: bool = False) -> Choice | None:
+        """Return the grid and the algorithm for a linear, or None if it stays float.
+
+        type_: what a mixture gives it. head: it is the output matrix.
+        """
         for rule, choice in zip(self.rules, self.choices, strict=False):
             if any(matches(p, linear) for p in rule.patterns):
                 return choice
-        return None if any(matches(p, linear) for p in self.ignore) else self.choices[-1]
+        if any(matches(p, linear) for p in self.ignore or []) or (head and self.ignore is None and not self.mixture):
+            return None
+        if type_ is not None:
+            return self.of_type(type_)
+        return self.choices[-1]
+
+    def of_type(self, type_: str, algorithm: dict[str, Any] | None = None) -> Choice | None:
+        """Return the choice for a GGUF type, by the recipe's algorithm unless one is given; None for a float type."""
+        if type_ not in plugins.names("grids"):
+            return None
+        return _choice({"name": type_}, algorithm or self.algorithm, "")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import llmquant
 from llmquant import calibrate, data, export, memory, plugins, recipe, work
 from llmquant import plan as planning
-from llmquant.checkpoint import Checkpoint, check_output
+from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
 from llmquant.grid import QuantizedTensor, dequantize, rows_of
 from llmquant.metrics import output_error
@@ -25,6 +25,8 @@ from llmquant.plan import Linear, Plan
 from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
+
+PIECE = 1 << 24  # weights that are quantized together where nothing else limits them
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -87,7 +89,14 @@ def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool
     checkpoint = load_float(model)
     stream = Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False)
     return planning.make(
-        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+        recipe_,
+        stream.spec,
+        checkpoint.config,
+        stream.tied,
+        stream.hidden_size,
+        checkpoint.infos,
+        stream.context,
+        stream.other_linears,
     )
 
 
@@ -114,22 +123,33 @@ def quantize(
     checkpoint = load_float(model)
     stream = Stream(checkpoint, device_of(device), trust_remote_code)
     plan = planning.make(
-        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+        recipe_,
+        stream.spec,
+        checkpoint.config,
+        stream.tied,
+        stream.hidden_size,
+        checkpoint.infos,
+        stream.context,
+        stream.other_linears,
     )
     text = None
     if plan.needs != "nothing":
         assert recipe_.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
-    folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
-    log = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
-    resumed = sum(log.has(i) for i in range(plan.layers))
-    _quantize_layers(plan, stream, log, None if text is None else text.tokens, progress)
+    source: work.Work | Direct
+    if text is None and work_folder is None and len(recipe_.formats) == 1:
+        source, resumed = Direct(plan, checkpoint, stream.device), 0
+    else:
+        folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
+        source = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
+        resumed = sum(source.has(i) for i in range(plan.layers))
+        _quantize_layers(plan, stream, source, None if text is None else text.tokens, progress)
     report = Report(
         model=str(model),
         recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
         calibration={} if text is None else text.as_dict(),
-        linears={n: r for i in [*range(plan.layers), None] if log.has(i) for n, r in log.records(i).items()},
+        linears={},
         notes=plan.notes,
         bits_per_weight=round(plan.bits_per_weight, 4),
         resumed_layers=resumed,
@@ -137,14 +157,15 @@ def quantize(
     )
     for name in recipe_.formats:
         target = out if len(recipe_.formats) == 1 else out / name
-        written = export.write(plan, checkpoint, log, name, target, progress)
+        written = export.write(plan, checkpoint, source, name, target, progress)
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
+    report.linears = source.all_records()
     if work_folder is None:
-        log.remove()
+        source.remove()
     else:
-        log.close()
+        source.close()
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
     return report, None if text is None else data.held_out_windows(text)
@@ -157,7 +178,14 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     checkpoint = load_float(note["model"]["folder"])
     stream = Stream(checkpoint, torch.device("cpu"), weights=False)
     plan = planning.make(
-        recipe_, stream.spec, stream.tied, stream.hidden_size, checkpoint.infos, stream.context, stream.other_linears
+        recipe_,
+        stream.spec,
+        checkpoint.config,
+        stream.tied,
+        stream.hidden_size,
+        checkpoint.infos,
+        stream.context,
+        stream.other_linears,
     )
     log = work.Work(folder, note)
     missing = [i for i in range(plan.layers) if not log.has(i)]
@@ -185,10 +213,66 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
+class Direct:
+    """Quantizes each linear when it is asked for.
+
+    Where no activations are read there is nothing that a work folder would save,
+    and no layer of the model needs to be built.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._device = device
+        self._records: dict[str, Any] = {}
+
+    def load(self, linear: Linear) -> QuantizedTensor:
+        """Return a linear, quantized."""
+        weight = self._weight(linear, 0, linear.rows)
+        done, records = _quantize_together([linear], [weight], Stats.none(linear.cols, self._device))
+        self._records |= records
+        return done[linear.name]
+
+    def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
+        """Yield a linear some rows at a time, in order."""
+        assert linear.grid is not None
+        step = linear.rows if linear.grid.per_tensor else max(PIECE // linear.cols, 1)
+        errors: list[tuple[int, dict[str, Any]]] = []
+        for start in range(0, linear.rows, step):
+            stop = min(start + step, linear.rows)
+            weight = self._weight(linear, start, stop)
+            done, records = _quantize_together(
+                [replace(linear, rows=stop - start)], [weight], Stats.none(linear.cols, self._device)
+            )
+            errors.append((stop - start, records[linear.name]))
+            yield done[linear.name]
+        mean = {key: sum(n * r[key] for n, r in errors) / linear.rows for key in ("error", "seconds")}
+        self._records[linear.name] = errors[0][1] | {key: round(value, 8) for key, value in mean.items()}
+
+    def _weight(self, linear: Linear, start: int, stop: int) -> Tensor:
+        tied = linear.weight_name not in self._checkpoint
+        name = f"{self._plan.spec.embed}.weight" if tied else linear.weight_name
+        conv1d = self._plan.spec.conv1d and linear.layer is not None
+        weight = self._checkpoint.read(name, None if conv1d else (start, stop))
+        weight = (weight.T[start:stop] if conv1d else weight).to(self._device)
+        check_finite(weight, f"{self._checkpoint.folder}: {name}")
+        return weight
+
+    def all_records(self) -> dict[str, Any]:
+        return self._records
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def remove(self) -> None:
+        """There is nothing to remove."""
+
+
 @torch.no_grad()
 def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress) -> None:
     activations = None if tokens is None else stream.start(tokens)
-    heads = [x for x in plan.of_layer(None) if x.grid]
+    outside = [x for x in plan.of_layer(None) if x.grid]
+    heads = [x for x in outside if not x.lookup]
     for index in range(plan.layers):
         progress("quantizing layers", index, plan.layers)
         last = index == plan.layers - 1 and not heads
@@ -198,20 +282,23 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor 
             if log.has(index):
                 for linear in plan.of_layer(index):
                     if linear.grid is not None:
-                        _put(layer, plan, linear, log.load(index, linear.name, linear.grid))
+                        _put(layer, plan, linear, log.load(linear))
                 if activations is not None:
                     stream.run(layer, index, activations)
             else:
                 log.save(index, *_quantize_layer(plan, stream, layer, index, activations, not last))
-    for head in heads:
-        if not log.has(None):
-            assert head.grid is not None
-            weight = stream.head_weight()
-            stats = Stats.none(head.cols, stream.device)
-            if tokens is not None and activations is not None:
+    if outside and not log.has(None):
+        done: dict[str, QuantizedTensor] = {}
+        records: dict[str, Any] = {}
+        for linear in outside:
+            stats = Stats.none(linear.cols, stream.device)
+            if tokens is not None and activations is not None and not linear.lookup:
                 stats = _head_stats(stream, tokens, activations, plan)
-            done, records = _quantize_together([head], [weight], stats)
-            log.save(None, done, records)
+            weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
+            quantized, told = _quantize_together([linear], [weight], stats)
+            done |= quantized
+            records |= told
+        log.save(None, done, records)
     progress("quantizing layers", plan.layers, plan.layers)
 
 
@@ -278,7 +365,7 @@ def _accumulator(plan: Plan, stream: Stream, index: int, site: Site) -> Accumula
 
 def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
     """Return the statistics of what the output matrix reads."""
-    sums = Accumulator(plan.of_layer(None)[0].cols, plan.needs, stream.device)
+    sums = Accumulator(stream.hidden_size, plan.needs, stream.device)
     at = 0
     for x in activations.batches:
         sums.add(stream.before_head(tokens[at : at + len(x)], x).flatten(0, 1))
@@ -331,10 +418,9 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
             f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
             "bfloat16, or keep this linear float by a rule."
         )
-    hessian = stats.hessian if stats.hessian is not None else torch.diag(stats.square_mean)
     assert linear.grid is not None
     return {
-        "error": round(output_error(delta, w, hessian), 8),
+        "error": round(output_error(delta, w, stats.square_mean if stats.hessian is None else stats.hessian), 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
         **q.record,

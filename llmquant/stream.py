@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant import calibrate
-from llmquant.checkpoint import Checkpoint
+from llmquant.checkpoint import Checkpoint, check_finite
 from llmquant.errors import CheckpointError
 from llmquant.models import spec_for
 from llmquant.models.spec import ModelSpec
@@ -110,11 +110,7 @@ class Stream:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: {full} is {list(value.shape)}, but config.json asks for {list(wanted)}"
             )
-        if not torch.isfinite(value).all():
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {full} has {int((~torch.isfinite(value)).sum())} values that are NaN or "
-                "infinite. The file is damaged, or training diverged; nothing useful can be made of it."
-            )
+        check_finite(value, f"{self.checkpoint.folder}: {full}")
         set_module_tensor_to_device(root, name, self.device, value=value.to(self.dtype), dtype=self.dtype)
 
     @contextmanager
@@ -158,6 +154,10 @@ class Stream:
 
     def head_weight(self) -> Float[Tensor, "vocab hidden"]:
         weight: Tensor = self.model.get_submodule(self.spec.head).weight
+        return weight.detach()
+
+    def embedding_weight(self) -> Float[Tensor, "vocab hidden"]:
+        weight: Tensor = self.model.get_submodule(self.spec.embed).weight
         return weight.detach()
 
     @torch.no_grad()

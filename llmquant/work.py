@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmquant.checkpoint import atomic_save, read_json, write_json
 from llmquant.errors import OutputError
-from llmquant.grid import Grid, QuantizedTensor
+from llmquant.grid import QuantizedTensor
+from llmquant.plan import Linear
 
 NOTE = "work.json"
 
@@ -67,9 +68,11 @@ class Work:
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{self._path(layer)}: cannot be written: {error}. Finished layers are kept.") from None
 
-    def load(self, layer: int | None, name: str, grid: Grid) -> QuantizedTensor:
+    def load(self, linear: Linear) -> QuantizedTensor:
         """Return one linear as it was saved."""
-        with safe_open(self._path(layer), "pt") as file:
+        name, grid = linear.name, linear.grid
+        assert grid is not None
+        with safe_open(self._path(linear.layer), "pt") as file:
             codes = file.get_tensor(f"{name}:codes")
             keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
             params = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
@@ -77,11 +80,13 @@ class Work:
             params = {k: v.expand(len(codes), *v.shape[1:]) for k, v in params.items()}
         return QuantizedTensor(grid, codes, params)
 
-    def records(self, layer: int | None) -> dict[str, Any]:
-        """Return what was recorded about each linear of a layer."""
-        with safe_open(self._path(layer), "pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["records"])
-        return found
+    def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
+        """Yield a linear in one piece."""
+        yield self.load(linear)
+
+    def all_records(self) -> dict[str, Any]:
+        """Return what was recorded about every linear."""
+        return {name: r for path in sorted(self.folder.glob("*.safetensors")) for name, r in _records(path).items()}
 
     def close(self) -> None:
         self._lock.release()
@@ -110,6 +115,12 @@ def fingerprint_of_files(folder: Path, names: list[str]) -> str:
             file.seek(max(size - (1 << 20), 0))
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def _records(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["records"])
+    return found
 
 
 def _ours(path: Path) -> bool:

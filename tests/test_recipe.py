@@ -31,7 +31,7 @@ def test_every_shipped_recipe_loads_and_explains_itself(name):
     assert loaded.name == name
     assert loaded.description
     assert loaded.choose("model.layers.0.mlp.up_proj") is not None
-    assert loaded.choose("lm_head") is None
+    assert loaded.choose("lm_head", head=True) is None
 
 
 @pytest.mark.parametrize("name", [*recipe.shipped(), "mine"])
@@ -158,10 +158,10 @@ def test_a_rule_that_names_a_grid_begins_from_its_defaults(load):
 
 
 def test_ignored_linears_stay_float_unless_a_rule_names_them(load):
-    assert load().choose("lm_head") is None
-    assert load(changes=["ignore=[]"]).choose("lm_head") is not None
+    assert load().choose("lm_head", head=True) is None
+    assert load(changes=["ignore=[]"]).choose("lm_head", head=True) is not None
     assert load(changes=["ignore=['*.k_proj']"]).choose("model.layers.9.self_attn.k_proj") is None
-    assert load(changes=["rules.0.match=lm_head"]).choose("lm_head").grid_config.bits == 8
+    assert load(changes=["rules.0.match=lm_head"]).choose("lm_head", head=True).grid_config.bits == 8
 
 
 @pytest.mark.parametrize(

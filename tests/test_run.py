@@ -234,6 +234,18 @@ def test_a_layer_computed_once_gives_the_same_bytes_as_one_pass_for_each_site(ll
     assert a == b
 
 
+def test_without_statistics_no_work_folder_is_needed_for_the_same_bytes(llama, tmp_path, monkeypatch):
+    chosen = recipe.load("rtn-w4g128", ["grid.group_size=32"])
+    through, _ = run.quantize(llama, chosen, tmp_path / "through", tmp_path / "work")
+    monkeypatch.setattr(run.work, "Work", None)  # must not be asked for
+    directly, _ = run.quantize(llama, chosen, tmp_path / "directly")
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("through", "directly"))
+    assert a == b
+    assert through.linears.keys() == directly.linears.keys()
+    for name, record in through.linears.items():
+        assert directly.linears[name]["error"] == pytest.approx(record["error"], rel=1e-4)
+
+
 def test_quantize_measures_on_text_it_did_not_calibrate_on_and_writes_a_card(llama, calibrated, tmp_path, read_json):
     report = api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=calibrated)
     float_row, row = report.evaluation

@@ -32,10 +32,7 @@ TYPES = (
 )
 
 SUBSTITUTES = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
-"""Type with blocks of 256 columns -> the one with blocks of 32 that llama.cpp takes where 256 do not fit.
-
-Older releases (b9190 still) take iq4_nl instead of q2_k and q3_k.
-"""
+"""Type with blocks of 256 columns -> the one with blocks of 32 that llama.cpp takes where 256 do not fit."""
 
 UNQUANTIZED = re.compile(r"_norm\.weight|ffn_gate_inp\.weight|^position_embd\.weight$|^token_types\.weight$")
 """Matrices that llama.cpp reads as floats only, or that are too small to be worth it."""
