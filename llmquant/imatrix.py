@@ -202,23 +202,26 @@ def _read_gguf(source: _Source) -> Imatrix:
         metadata[key] = _value(source, source.number("I", f"the type of {key!r}"), key)
     if metadata.get("general.type") != "imatrix":
         raise source.broken(f"general.type is {metadata.get('general.type')!r}")
-    for key, type_ in ((DATASETS, tuple), (CHUNK_COUNT, int), (CHUNK_SIZE, int)):
-        if not isinstance(metadata.get(key), type_):
-            raise source.broken(f"{key} is {metadata.get(key)!r}")
+    datasets, chunk_count, chunk_size = (metadata.get(key) for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE))
+    if not isinstance(datasets, tuple):
+        raise source.broken(f"{DATASETS} is {datasets!r}")
+    for key, number in ((CHUNK_COUNT, chunk_count), (CHUNK_SIZE, chunk_size)):
+        if not isinstance(number, int) or number < 0:
+            raise source.broken(f"{key} is {number!r}")
     tensors = _tensors(source, tensor_count, metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(SUMS).removesuffix(COUNTS) for key in tensors}):
         sums, counts = tensors.get(name + SUMS), tensors.get(name + COUNTS)
         if sums is None or counts is None:
             raise source.broken(f"{name!r} has no {SUMS if sums is None else COUNTS}")
-        if not len(counts) or not len(sums) or len(sums) % len(counts):
+        if len(sums) % len(counts):
             raise source.broken(f"{name!r} has {len(sums)} sums for {len(counts)} counts")
         if not bool(((counts >= 0) & (counts <= MOST_TOKENS)).all()):
             raise source.broken(f"{name!r} has counts that are negative or not finite")
         entries[name] = Entry(sums.reshape(len(counts), -1), counts.round().long())
     if not entries:
         raise source.broken("it has no entries")
-    return Imatrix(entries, metadata[DATASETS], metadata[CHUNK_COUNT], metadata[CHUNK_SIZE])
+    return Imatrix(entries, datasets, chunk_count, chunk_size)
 
 
 def _tensors(source: _Source, tensor_count: int, alignment: Any) -> dict[str, Float[Tensor, " numel"]]:
@@ -236,6 +239,8 @@ def _tensors(source: _Source, tensor_count: int, alignment: Any) -> dict[str, Fl
         numel = 1
         for _ in range(dimensions):
             numel *= source.number("Q", f"the shape of {name!r}")
+        if not numel:
+            raise source.broken(f"{name!r} is empty")
         type_ = source.number("I", f"the type of {name!r}")
         if type_ != gguf.GGMLQuantizationType.F32:
             raise source.broken(f"{name!r} is of type {type_}, not float32")
