@@ -157,11 +157,11 @@ def export(work: str | Path, formats: Sequence[str], out: str | Path, progress: 
     """
     out = Path(out)
     check_output(out)
-    plan, checkpoint, log = run.reopen_work(Path(work), formats)
+    plan, checkpoint, config, log = run.reopen_work(Path(work), formats)
     outputs = {}
     for name in formats:
         target = out if len(formats) == 1 else out / name
-        exporting.write(plan, checkpoint, log, name, target, progress)
+        exporting.write(plan, checkpoint, log, name, config, target, progress)
         outputs[name] = str(target)
     log.close()
     return outputs

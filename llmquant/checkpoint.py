@@ -50,7 +50,13 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A model folder. ``infos`` lists every tensor; ``read`` returns one."""
+    """A model folder. ``infos`` lists every tensor; ``read`` returns one.
+
+    path: the folder, or the one file that holds everything.
+    gguf_file: the name of that file, for transformers, if it is one.
+    """
+
+    gguf_file: str | None = None
 
     def __init__(self, folder: Path) -> None:
         """Read config.json and all safetensors headers; raise CheckpointError for what is missing or broken."""
@@ -58,7 +64,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: there is no such folder. Give a model folder or a hub id like `org/name`."
             )
-        self.folder = folder
+        self.folder = self.path = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a model folder holds one")
         self.infos: dict[str, TensorInfo] = {}
         self._open: dict[str, Any] = {}
@@ -96,6 +102,16 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
+
+    @property
+    def format(self) -> str:
+        """How the weights are stored: a dtype, or the name of an exporter."""
+        return str(next(iter(self.infos.values())).dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum((self.folder / file).stat().st_size for file in {info.file for info in self.infos.values()})
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor as it is stored, or some rows of it."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import llmquant
-from llmquant.errors import LlmquantError, OutputError
+from llmquant.errors import LlmquantError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
@@ -36,6 +36,11 @@ Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wi
 ProtocolName = Annotated[str, typer.Option("--protocol", help="gptq, llama.cpp, sliding or word.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)]
 Facts = Annotated[Path | None, typer.Option("--json", help="Write the same facts to a JSON file.")]
+Pure = Annotated[bool, typer.Option("--pure", help="The mixture's base type for every matrix of a GGUF file.")]
+TensorTypes = Annotated[
+    list[str],
+    typer.Option("--tensor-type", help="REGEX=TYPE for matrices of a GGUF file by name; may be repeated, first wins."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model folder's own Python code run.")]
 
 
@@ -71,6 +76,8 @@ def plan(
     recipe: RecipeName,
     changes: Changes = [],
     formats: Formats = [],
+    pure: Pure = False,
+    tensor_types: TensorTypes = [],
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
@@ -80,7 +87,7 @@ def plan(
     """
     from llmquant import api
 
-    planned = api.plan(model, recipe, changes=_with(changes, formats), trust_remote_code=trust)
+    planned = api.plan(model, recipe, changes=_with(changes, formats, pure, tensor_types), trust_remote_code=trust)
     _show_plan(planned)
     _write(facts, _plan_facts(planned))
 
@@ -93,6 +100,8 @@ def quantize(
     work: Annotated[Path | None, typer.Option(help="Keep the finished layers here, for `llmquant export`.")] = None,
     formats: Formats = [],
     changes: Changes = [],
+    pure: Pure = False,
+    tensor_types: TensorTypes = [],
     device: Device = "auto",
     text: Text = None,
     protocol: ProtocolName = "llama.cpp",
@@ -112,7 +121,7 @@ def quantize(
             model,
             recipe,
             folder,
-            changes=_with(changes, formats),
+            changes=_with(changes, formats, pure, tensor_types),
             work=work,
             device=device,
             text=text,
@@ -159,11 +168,12 @@ def export(
 
 @app.command(name="eval")
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed.")],
+    paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
     reference: Annotated[str | None, typer.Option(help="The float model to measure the divergence from.")] = None,
     text: Annotated[str, typer.Option(help="A text file, or wikitext2.")] = "wikitext2",
     protocol: ProtocolName = "llama.cpp",
     max_tokens: MaxTokens = None,
+    runtime: Annotated[str, typer.Option(help="torch, or llama.cpp to let that run GGUF files.")] = "torch",
     device: Device = "auto",
     trust: Trust = False,
     facts: Facts = None,
@@ -174,15 +184,16 @@ def evaluate(
     """
     from llmquant import evaluation
 
+    if runtime not in get_args(evaluation.Runtime):
+        raise LlmquantError(f"--runtime {runtime}: there are {' and '.join(get_args(evaluation.Runtime))}")
     with _progress() as tell:
         windows = evaluation.read_windows(reference or paths[0], text, protocol, max_tokens)
         base = evaluation.Reference(reference, device, trust) if reference else None
-        rows = [
-            evaluation.evaluate(
-                path, windows, base, "float" if path == reference else None, device, trust, progress=tell
-            )
-            for path in paths
-        ]
+        rows = []
+        for path in paths:
+            name = "float" if path == reference else None
+            runs = cast(evaluation.Runtime, "torch" if name else runtime)
+            rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
     _show(rows)
     _write(facts, {"rows": [row.as_dict() for row in rows]})
 
@@ -289,8 +300,19 @@ def main() -> None:
         sys.exit(2)
 
 
-def _with(changes: list[str], formats: list[str]) -> list[str]:
-    return [*changes, *([f"formats=[{', '.join(formats)}]"] if formats else [])]
+def _with(changes: list[str], formats: list[str], pure: bool = False, tensor_types: list[str] = []) -> list[str]:
+    """Return the changes to a recipe that all options ask for."""
+    more = [f"formats=[{', '.join(formats)}]"] if formats else []
+    if pure:
+        more.append("mixture.pure=true")
+    if tensor_types:
+        pairs = [text.rpartition("=") for text in tensor_types]
+        if wrong := next(
+            (text for text, (pattern, _, _) in zip(tensor_types, pairs, strict=True) if not pattern), None
+        ):
+            raise RecipeError(f"--tensor-type {wrong}: write REGEX=TYPE, e.g. --tensor-type 'ffn_down=q6_k'")
+        more.append("mixture.overrides=" + json.dumps({pattern: type_ for pattern, _, type_ in pairs}))
+    return [*changes, *more]
 
 
 @contextmanager

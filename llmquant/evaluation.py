@@ -7,22 +7,29 @@ Logits exist for one window at a time, for both models together.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from llmquant import data, memory, protocols
-from llmquant.checkpoint import Checkpoint
+from llmquant.cpp_runtime import LlamaCpp
 from llmquant.errors import CheckpointError
+from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.metrics import Scores
-from llmquant.packed import PackedCheckpoint, open_model
+from llmquant.packed import open_model
 from llmquant.protocols import Windows
 from llmquant.run import Progress, device_of, silent
 from llmquant.stream import Stream
 
 WIKITEXT2 = data.TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test")
+
+
+Runtime = Literal["torch", "llama.cpp"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def read_windows(
     text: a file, "wikitext2", or a TextSource.
     """
     checkpoint = open_model(model)
-    tokenizer = data.load_tokenizer(checkpoint.folder)
+    tokenizer = data.load_tokenizer(checkpoint.folder, gguf_file=checkpoint.gguf_file)
     context = Stream(checkpoint, device_of("cpu"), weights=False).context
     return data.evaluation_windows(_source(text), protocols.named(protocol), tokenizer, context, max_tokens)
 
@@ -92,43 +99,52 @@ def evaluate(
     recipe: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    runtime: Runtime = "torch",
     progress: Progress = silent,
 ) -> Row:
-    """Return the figures of one model folder, float or packed, on the windows of a text."""
+    """Return the figures of one model, float or packed, on the windows of a text.
+
+    runtime: "torch" decodes the weights and computes in float; "llama.cpp" lets that program run a GGUF file.
+    """
     started = time.monotonic()
     memory.reset_peak()
     checkpoint = open_model(path)
-    stream = Stream(checkpoint, device_of(device), trust_remote_code)
-    if windows.tokens.max() >= stream.vocabulary:
-        raise CheckpointError(
-            f"{path}: has {stream.vocabulary} token ids, but the text was tokenized for another model"
-        )
     theirs = None if reference is None else reference.hidden(windows, progress)
-    itself = reference is not None and reference.stream.checkpoint.folder.samefile(checkpoint.folder)
-    mine = (
-        theirs
-        if itself and theirs is not None
-        else stream.hidden(windows.tokens, _counter(progress, Path(path).name, stream.layers))
-    )
+    predict: Callable[[int], Tensor]
+    if runtime == "llama.cpp":
+        if not isinstance(checkpoint, GgufCheckpoint):
+            raise CheckpointError(f"{path}: --runtime llama.cpp runs GGUF files only")
+        program = LlamaCpp(checkpoint.file.path, windows.tokens.shape[1])
+        vocabulary, weights = program.vocabulary, checkpoint.weights
+        predict = partial(_predict_by_llama_cpp, program, windows)
+    else:
+        stream = Stream(checkpoint, device_of(device), trust_remote_code)
+        vocabulary, weights = stream.vocabulary, stream.weights
+    if windows.tokens.max() >= vocabulary:
+        raise CheckpointError(f"{path}: has {vocabulary} token ids, but the text was tokenized for another model")
+    if runtime == "torch":
+        itself = reference is not None and reference.stream.checkpoint.path.samefile(checkpoint.path)
+        counter = _counter(progress, Path(path).name, stream.layers)
+        mine = theirs if itself and theirs is not None else stream.hidden(windows.tokens, counter)
+        predict = partial(_predict, stream, windows, mine)
     scores = Scores()
-    for i, x in enumerate(mine):
-        progress("scoring", i, len(mine))
-        tokens = windows.tokens[i : i + 1]
-        counted = windows.scored[i].to(stream.device)
-        logits = stream.finish(tokens, x)[0, :-1][counted]
+    count = len(windows.tokens)
+    for i in range(count):
+        progress("scoring", i, count)
+        logits = predict(i)
         expected = None
         if reference is not None and theirs is not None:
-            expected = reference.stream.finish(tokens, theirs[i])[0, :-1][counted]
-        scores.add(logits, tokens[0, 1:].to(stream.device)[counted], expected)
-    progress("scoring", len(mine), len(mine))
+            expected = _predict(reference.stream, windows, theirs, i).to(logits.device)
+        targets = windows.tokens[i, 1:][windows.scored[i]].to(logits.device)
+        scores.add(logits, targets, expected)
+    progress("scoring", count, count)
     result = scores.result(windows.units)
-    size = sum((checkpoint.folder / f).stat().st_size for f in {info.file for info in checkpoint.infos.values()})
     return Row(
         recipe=recipe or Path(path).name,
-        format=_format(checkpoint),
+        format=checkpoint.format + ("" if runtime == "torch" else f" in {runtime}"),
         path=str(path),
-        bytes=size,
-        bpw=round(8 * size / stream.weights, 4),
+        bytes=checkpoint.bytes,
+        bpw=round(8 * checkpoint.bytes / weights, 4),
         protocol=windows.label,
         **asdict(result),
         seconds=round(time.monotonic() - started, 2),
@@ -136,10 +152,14 @@ def evaluate(
     )
 
 
-def _format(checkpoint: Checkpoint) -> str:
-    if isinstance(checkpoint, PackedCheckpoint):
-        return checkpoint.format
-    return str(next(iter(checkpoint.infos.values())).dtype).removeprefix("torch.")
+def _predict(stream: Stream, windows: Windows, hidden: Sequence[Tensor], i: int) -> Float[Tensor, "scored vocab"]:
+    """Return the logits that are scored in one window, from the last layer's output."""
+    counted = windows.scored[i].to(stream.device)
+    return stream.finish(windows.tokens[i : i + 1], hidden[i])[0, :-1][counted]
+
+
+def _predict_by_llama_cpp(program: LlamaCpp, windows: Windows, i: int) -> Float[Tensor, "scored vocab"]:
+    return program.logits(windows.tokens[i])[:-1][windows.scored[i]]
 
 
 def _source(text: str | Path | data.TextSource) -> data.TextSource:

@@ -3,6 +3,7 @@
 An exporter module packs one linear (``pack``), describes all of them
 (``quantization_config``) and decodes one (``unpack``); the folder around them is
 written here: shards, config.json, the tokenizer's files byte for byte, the recipe.
+One whose format is a file of its own writes that itself (``write``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,30 +52,28 @@ def write(
     checkpoint: Checkpoint,
     source: Source,
     format_: str,
+    config: Any,
     out: Path,
     progress: Callable[[str, int, int], None],
 ) -> Written:
-    """Write the folder ``out``; it appears under its name only when it is complete."""
+    """Write the folder ``out``; it appears under its name only when it is complete.
+
+    config: the model's transformers configuration.
+    """
     check_output(out)
     exporter = plugins.load("exporters", format_, "format")
     partial = out.with_name(out.name + ".partial")
+
+    def tell(done: int, total: int) -> None:
+        progress(f"writing {format_}", done, total)
+
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = _tensors(plan, checkpoint, source, exporter, lambda i, n: progress(f"writing {format_}", i, n))
-        written = write_shards(partial, tensors)
-        config = dict(checkpoint.config)
-        grids = {name: linear.grid for name, linear in plan.quantized.items()}
-        settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))
-        config["quantization_config"] = settings
-        if plan.untie:
-            config["tie_word_embeddings"] = False
-        write_json(partial / "config.json", config)
-        for name, content in exporter.extra_files(settings).items():
-            write_json(partial / name, content)
-        for path in sorted(checkpoint.folder.iterdir()):
-            if path.suffix in COPIED and path.name not in (INDEX, "config.json") and path.is_file():
-                shutil.copyfile(path, partial / path.name)
+        if hasattr(exporter, "write"):
+            written: int = exporter.write(partial, plan, checkpoint, source, config, tell)
+        else:
+            written = _write_folder(partial, plan, checkpoint, source, exporter, tell)
         (partial / "recipe.yaml").write_text(recipe.dump(plan.recipe), "utf-8")
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         if out.exists():
@@ -90,6 +89,31 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return Written(written, hashes)
+
+
+def _write_folder(
+    folder: Path,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: Source,
+    exporter: ModuleType,
+    tell: Callable[[int, int], None],
+) -> int:
+    """Write a model folder like the float one, and return the size of its weights."""
+    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell))
+    config = dict(checkpoint.config)
+    grids = {name: linear.grid for name, linear in plan.quantized.items()}
+    settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))
+    config["quantization_config"] = settings
+    if plan.untie:
+        config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+    for name, content in exporter.extra_files(settings).items():
+        write_json(folder / name, content)
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.suffix in COPIED and path.name not in (INDEX, "config.json") and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    return written
 
 
 def _tensors(

@@ -14,6 +14,7 @@ length is held against the bytes that are left before anything is allocated.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass, field
@@ -50,9 +51,13 @@ class GgufTensor:
     bytes: int
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.bytes // max(int(np.prod(self.shape[:-1])), 1)
+        return self.bytes // math.prod(self.shape[:-1])
 
     def read(self, rows: tuple[int, int] | None = None) -> UInt8[Tensor, "rows row_bytes"]:
         """Return the stored bytes of all rows (of all matrices), or of some."""
@@ -208,7 +213,7 @@ def _read_one(path: Path) -> GgufFile:
     end = 0
     for name, shape, type_, offset in entries:
         per_block, block_bytes = GGML_QUANT_SIZES[type_]
-        count = int(np.prod(shape, dtype=object))
+        count = math.prod(shape)
         size = count // per_block * block_bytes
         if name in found:
             raise header.fail(f"the tensor {name} comes twice")

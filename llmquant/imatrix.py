@@ -202,12 +202,15 @@ def _read_gguf(source: _Source) -> Imatrix:
         metadata[key] = _value(source, source.number("I", f"the type of {key!r}"), key)
     if metadata.get("general.type") != "imatrix":
         raise source.broken(f"general.type is {metadata.get('general.type')!r}")
-    datasets, chunk_count, chunk_size = (metadata.get(key) for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE))
+    datasets = metadata.get(DATASETS)
     if not isinstance(datasets, tuple):
         raise source.broken(f"{DATASETS} is {datasets!r}")
-    for key, number in ((CHUNK_COUNT, chunk_count), (CHUNK_SIZE, chunk_size)):
+    chunks: dict[str, int] = {}
+    for key in (CHUNK_COUNT, CHUNK_SIZE):
+        number = metadata.get(key)
         if not isinstance(number, int) or number < 0:
             raise source.broken(f"{key} is {number!r}")
+        chunks[key] = number
     tensors = _tensors(source, tensor_count, metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(SUMS).removesuffix(COUNTS) for key in tensors}):
@@ -221,7 +224,7 @@ def _read_gguf(source: _Source) -> Imatrix:
         entries[name] = Entry(sums.reshape(len(counts), -1), counts.round().long())
     if not entries:
         raise source.broken("it has no entries")
-    return Imatrix(entries, datasets, chunk_count, chunk_size)
+    return Imatrix(entries, datasets, chunks[CHUNK_COUNT], chunks[CHUNK_SIZE])
 
 
 def _tensors(source: _Source, tensor_count: int, alignment: Any) -> dict[str, Float[Tensor, " numel"]]:

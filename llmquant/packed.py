@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llmquant import plugins
+from llmquant import gguf_file, plugins
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import CheckpointError, LlmquantError
+from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import spec_for
 
 
@@ -23,9 +24,12 @@ class PackedCheckpoint(Checkpoint):
         self.align(spec)
         self.settings = settings
         self._exporter = exporter
-        self.format = exporter.__name__.rpartition(".")[2]
         self.packed: dict[str, dict[str, str]] = exporter.linears(self.infos, settings)
         self._conv1d = spec.conv1d
+
+    @property
+    def format(self) -> str:
+        return self._exporter.__name__.rpartition(".")[2]
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos or name.removesuffix(".weight") in self.packed
@@ -44,9 +48,25 @@ class PackedCheckpoint(Checkpoint):
         return weight[slice(*rows)] if rows else weight
 
 
+def first_files(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, of numbered shards the first."""
+    shards = ((path, gguf_file.SHARD.search(path.name)) for path in sorted(folder.glob("*.gguf")))
+    return [path for path, shard in shards if shard is None or int(shard[1]) == 1]
+
+
 def open_model(model: str | Path) -> Checkpoint:
-    """Return the checkpoint of a folder or hub id; raise CheckpointError for a format that no exporter reads."""
-    checkpoint = Checkpoint(locate(model))
+    """Return the checkpoint of a folder, GGUF file or hub id; raise CheckpointError for a format that none reads.
+
+    A folder that holds a GGUF file and no config.json stands for that file.
+    """
+    path = locate(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return GgufCheckpoint(path)
+    if path.is_dir() and not (path / "config.json").exists() and (files := first_files(path)):
+        if len(files) > 1:
+            raise CheckpointError(f"{path}: holds {len(files)} GGUF files. Give one of them, e.g. {files[0]}")
+        return GgufCheckpoint(files[0])
+    checkpoint = Checkpoint(path)
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
         checkpoint.align(spec_for(checkpoint.config))

@@ -114,7 +114,7 @@ class Plan:
 def make(
     recipe: Recipe,
     spec: ModelSpec,
-    config: Mapping[str, Any],
+    config: Any,
     tied: bool,
     hidden: int,
     infos: Mapping[str, TensorInfo],
@@ -123,7 +123,7 @@ def make(
 ) -> Plan:
     """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
 
-    config: what the model's config.json holds.
+    config: the model's transformers configuration.
     tied: whether the model uses its embedding as the output matrix too.
     hidden: width of the residual stream. context: most tokens of a sequence.
     matrices: the names of all linear modules outside the decoder layers.
@@ -142,7 +142,9 @@ def make(
                 f"a {name} file has no mixtures. Use `formats: [gguf]`, or a `grid` instead of the mixture"
             )
         if hasattr(exporter, "choose_types"):
-            types = exporter.choose_types(recipe.mixture, config, infos, _calibrated(recipe))
+            turned = f"{spec.layers}." if spec.conv1d else None
+            shapes = {n: i.shape[::-1] if turned and n.startswith(turned) else i.shape for n, i in infos.items()}
+            types = exporter.choose_types(recipe.mixture, config, shapes, infos[embed].dtype, _calibrated(recipe))
     head_choice = recipe.choose(spec.head, head=True)
     if tied and not untie and head_choice is not None:
         raise RecipeError(

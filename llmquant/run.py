@@ -91,7 +91,7 @@ def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool
     return planning.make(
         recipe_,
         stream.spec,
-        checkpoint.config,
+        stream.config,
         stream.tied,
         stream.hidden_size,
         checkpoint.infos,
@@ -125,7 +125,7 @@ def quantize(
     plan = planning.make(
         recipe_,
         stream.spec,
-        checkpoint.config,
+        stream.config,
         stream.tied,
         stream.hidden_size,
         checkpoint.infos,
@@ -157,7 +157,7 @@ def quantize(
     )
     for name in recipe_.formats:
         target = out if len(recipe_.formats) == 1 else out / name
-        written = export.write(plan, checkpoint, source, name, target, progress)
+        written = export.write(plan, checkpoint, source, name, stream.config, target, progress)
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
@@ -171,7 +171,7 @@ def quantize(
     return report, None if text is None else data.held_out_windows(text)
 
 
-def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, work.Work]:
+def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, Any, work.Work]:
     """Return what a finished work folder was made from, to export it again without calibration."""
     note = work.read_note(folder)
     recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
@@ -180,7 +180,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     plan = planning.make(
         recipe_,
         stream.spec,
-        checkpoint.config,
+        stream.config,
         stream.tied,
         stream.hidden_size,
         checkpoint.infos,
@@ -194,7 +194,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: layer {missing[0]} of {plan.layers} is not finished. Run `llmquant quantize` with the same "
             f"settings and --work {folder} to go on."
         )
-    return plan, checkpoint, log
+    return plan, checkpoint, stream.config, log
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:

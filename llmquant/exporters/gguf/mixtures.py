@@ -282,7 +282,7 @@ def _mixed(mixture: Mixture, part: str, place: Place, architecture: Architecture
     eight = architecture.experts == 8
     if eight and part in ("value", "key"):
         return "q8_0"
-    if eight and part == "mix" and architecture.name != "falcon":
+    if eight and part == "mix":
         return mixture.mix_of_eight or mixture.base
     rules = {"value": mixture.value, "down": mixture.down, "mix": mixture.mix}.get(part, ())
     type_ = next((type_ for holds, type_ in rules if holds(place)), mixture.base)

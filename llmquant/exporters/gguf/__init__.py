@@ -1,0 +1,196 @@
+"""GGUF files, as llama.cpp reads them: one file (or numbered shards) with weights, settings and tokenizer.
+
+Every matrix has a type of its own: a block grid (``llmquant.grid.BlockGrid``) or a
+float type. The recipe's mixture picks them as llama-quantize would; without one,
+what the recipe leaves float stays in the model's dtype. Vectors are float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gguf import Keys, LlamaFileType
+from gguf.utility import naming_convention, size_label
+from torch import Tensor
+
+import llmquant
+from llmquant.data import load_tokenizer
+from llmquant.errors import FormatError
+from llmquant.exporters.gguf import families, mixtures, vocabulary, writer
+from llmquant.grid import BlockGrid, Grid, QuantizedTensor
+
+if TYPE_CHECKING:
+    from llmquant.checkpoint import Checkpoint
+    from llmquant.export import Source
+    from llmquant.plan import Linear, Plan
+    from llmquant.recipe import Mixture
+
+METHOD = "gguf"
+CONV1D = True
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check(grid: Grid, rows: int, cols: int) -> None:
+    """Raise FormatError when a GGUF file has no type for this grid."""
+    if not isinstance(grid, BlockGrid):
+        raise FormatError(
+            f"a gguf file has no type for the grid {type(grid).__name__}. Use one of its types, e.g. "
+            "`grid: {name: q4_k}`, or a mixture, e.g. `mixture: {name: q4_k_m}`"
+        )
+
+
+def pack(q: QuantizedTensor) -> dict[str, Tensor]:
+    """Return the blocks of a linear, a row of bytes for each of its rows."""
+    grid = q.grid
+    assert isinstance(grid, BlockGrid)
+    rows = q.codes.shape[0]
+    params = {name: value.flatten(0, 1) for name, value in q.params.items()}
+    return {"": grid.to_bytes(q.codes.reshape(-1, grid.span), params).view(rows, -1)}
+
+
+def choose_types(
+    mixture: Mixture | None,
+    config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    calibrated: bool,
+) -> dict[str, tuple[str, str]]:
+    """Return (type, note) of every tensor by its name in the checkpoint.
+
+    config: the model's transformers configuration. shapes: of all tensors by name, matrices as [rows, columns].
+    dtype: what the model is stored in. calibrated: whether there are activation statistics.
+
+    Raises FormatError for a model that llama.cpp does not run, RecipeError for a mixture that does not exist.
+    """
+    layout = families.layout(config, shapes)
+    text = config.get_text_config()
+    architecture = mixtures.Architecture(
+        layout.architecture,
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        layout.metadata[Keys.Attention.HEAD_COUNT_KV.format(arch=layout.architecture)],
+    )
+    named = {entry.name: shapes[entry.source] for entry in layout.entries}
+    plain = next((name.upper() for name, known in FLOATS.items() if known == dtype), "F32")
+    types = mixtures.types(
+        mixture.name if mixture else plain,
+        named,
+        architecture,
+        imatrix=calibrated,
+        pure=mixture is not None and mixture.pure,
+        output=mixture.output if mixture else None,
+        token_embedding=mixture.token_embedding if mixture else None,
+        overrides=list(mixture.overrides.items()) if mixture else [],
+    )
+    return {entry.source: (types[entry.name].type, types[entry.name].note) for entry in layout.entries}
+
+
+def float_bytes(plan: Plan) -> int:
+    """Return the size of all tensors that are not quantized."""
+    sizes = {name: info.numel for name, info in plan.kept.items() if name in plan.types}
+    sizes |= {x.weight_name: x.weights for x in plan.linears if x.grid is None}
+    return sum(count * FLOATS[_float_type(plan, name)].itemsize for name, count in sizes.items())
+
+
+def write(
+    folder: Path, plan: Plan, checkpoint: Checkpoint, source: Source, config: Any, tell: Callable[[int, int], None]
+) -> int:
+    """Write the file or its shards into ``folder``, tensor by tensor, and return their size.
+
+    config: the model's transformers configuration.
+    """
+    linears = {x.weight_name: x for x in plan.linears}
+    shapes = {name: info.shape for name, info in plan.kept.items()}
+    shapes |= {name: (x.rows, x.cols) for name, x in linears.items()}
+    layout = families.layout(config, shapes)
+    tensors = [
+        writer.Stored(entry.name, shapes[entry.source], _type(plan, entry.source, linears)) for entry in layout.entries
+    ]
+    tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
+
+    def data() -> Iterator[Tensor]:
+        for i, entry in enumerate(layout.entries):
+            tell(i, len(tensors))
+            linear = linears.get(entry.source)
+            if linear is not None and linear.grid is not None:
+                blocks = torch.cat([pack(q)[""].cpu() for q in source.pieces(linear)])
+                yield (blocks if entry.rows is None else blocks[entry.rows]).contiguous()
+            else:
+                yield _float_data(plan, checkpoint, entry, tensors[i])
+        for value in layout.extra.values():
+            yield value.contiguous().view(torch.uint8)
+        tell(len(tensors), len(tensors))
+
+    metadata = _general(plan, checkpoint, layout) | layout.metadata
+    metadata |= vocabulary.metadata(load_tokenizer(checkpoint.folder), config.get_text_config().vocab_size)
+    name = naming_convention(
+        metadata.get(Keys.General.BASENAME), None, None, None, metadata[Keys.General.SIZE_LABEL], _file_type_name(plan)
+    )
+    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data())
+    return sum(path.stat().st_size for path in files)
+
+
+def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Tensor:
+    """Return the bytes of a tensor that stays float."""
+    tied = entry.source not in checkpoint
+    value = checkpoint.read(f"{plan.spec.embed}.weight" if tied else entry.source)
+    if value.shape != stored.shape:  # stored by columns
+        value = value.T
+    if entry.rows is not None:
+        value = value[entry.rows]
+    if entry.plus_one:
+        value = value.float() + 1
+    return value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
+
+
+def _type(plan: Plan, name: str, linears: Mapping[str, Linear]) -> str:
+    """Return the type of a tensor in the file."""
+    linear = linears.get(name)
+    if linear is not None and isinstance(linear.grid, BlockGrid):
+        return linear.grid.name
+    return _float_type(plan, name)
+
+
+def _float_type(plan: Plan, name: str) -> str:
+    """Return the float type of a tensor that is not quantized: the mixture's, or 16 bits where a rule has kept it."""
+    type_ = plan.types[name]
+    return type_ if type_ in FLOATS else "f16"
+
+
+def _general(plan: Plan, checkpoint: Checkpoint, layout: families.Layout) -> dict[str, Any]:
+    """Return the keys that tell people and programs what the file is."""
+    name = checkpoint.folder.resolve().name
+    quantized = {x.weight_name for x in plan.quantized.values()}
+    return {
+        Keys.General.ARCHITECTURE: layout.architecture,
+        Keys.General.TYPE: "model",
+        Keys.General.NAME: name,
+        Keys.General.BASENAME: name,
+        Keys.General.SIZE_LABEL: size_label(plan.weights, 0, 0, 0),
+        Keys.General.FILE_TYPE: int(_file_type(plan)),
+        Keys.General.QUANTIZATION_VERSION: 2 if quantized else 0,
+        Keys.General.QUANTIZED_BY: f"llmquant {llmquant.__version__}",
+    }
+
+
+def _file_type(plan: Plan) -> LlamaFileType:
+    """Return the mixture's number, or the one that comes nearest to what most weights are stored in."""
+    if plan.recipe.mixture is not None:
+        return mixtures.find(plan.recipe.mixture.name).file_type
+    linears = {x.weight_name: x for x in plan.linears}
+    counts: Counter[str] = Counter()
+    for name, linear in linears.items():
+        counts[_type(plan, name, linears)] += linear.weights
+    commonest = counts.most_common(1)[0][0].upper()
+    return next(
+        (kind for kind in LlamaFileType if kind.name.removeprefix("MOSTLY_").removesuffix("_S") == commonest),
+        LlamaFileType.GUESSED,
+    )
+
+
+def _file_type_name(plan: Plan) -> str:
+    return str(_file_type(plan).name).removeprefix("MOSTLY_").removeprefix("ALL_")

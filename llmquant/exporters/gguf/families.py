@@ -1,0 +1,263 @@
+"""What each model family is in GGUF: its architecture's name, its numbers, and the order of its rows.
+
+Tensor names come from the gguf package's own map. Sources for the rest: llama.cpp's
+model loaders (which keys they read, what they assume) and convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gguf
+import torch
+from gguf import Keys
+from jaxtyping import Int
+from torch import Tensor
+
+from llmquant.errors import FormatError
+
+Order = Callable[[Any, int], Tensor]
+"""(config, rows of the tensor) -> which row of the checkpoint each row of the file is."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its name in the file and in the checkpoint.
+
+    rows: the checkpoint's row that each row of the file is, or None for the same order.
+    plus_one: the file holds the value plus one.
+    """
+
+    name: str
+    source: str
+    rows: Int[Tensor, " rows"] | None = None
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model in GGUF's terms.
+
+    metadata: the keys below ``architecture``. extra: tensors that the checkpoint does not have.
+    """
+
+    architecture: str
+    entries: tuple[Entry, ...]
+    metadata: dict[str, Any]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    architecture: ``general.architecture``.
+    orders: end of a module's name -> the order of the rows of its weight and bias.
+    norms_plus_one: norms that store w and apply 1 + w.
+    extra_keys: the numbers beyond those that all families have.
+    check: raises FormatError for what llama.cpp does not compute.
+    """
+
+    architecture: str
+    orders: Mapping[str, Order] = field(default_factory=dict)
+    norms_plus_one: bool = False
+    extra_keys: Callable[[Any], dict[str, Any]] = lambda config: {}
+    check: Callable[[Any], None] = lambda config: None
+
+
+def layout(config: Any, names: Mapping[str, tuple[int, ...]]) -> Layout:
+    """Return how a model is written.
+
+    config: the model's transformers configuration. names: the shape of every tensor of the checkpoint (that of a tied
+        output matrix left out).
+
+    Raises FormatError for a family or a feature that llama.cpp does not run, and for tensors without a place.
+    """
+    config = config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise FormatError(
+            f"llama.cpp does not run models of type {config.model_type!r}; it runs {', '.join(sorted(FAMILIES))}"
+        )
+    family.check(config)
+    arch = family.architecture
+    metadata = {key.format(arch=arch): value for key, value in (_numbers(config) | family.extra_keys(config)).items()}
+    scaling, extra = _rope(config)
+    metadata |= {key.format(arch=arch): value for key, value in scaling.items()}
+    return Layout(arch, tuple(_entries(family, config, names)), metadata, extra)
+
+
+def _entries(family: Family, config: Any, names: Mapping[str, tuple[int, ...]]) -> Iterable[Entry]:
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(numbers[family.architecture], config.num_hidden_layers)
+    nowhere = []
+    for source, shape in names.items():
+        endings = (".weight", ".bias")
+        name = known.get_name(source, endings) or known.get_name(source.removeprefix("transformer."), endings)
+        if name is None:
+            nowhere.append(source)
+            continue
+        module = source.rpartition(".")[0]
+        order = next((order for end, order in family.orders.items() if module.endswith(end)), None)
+        plus_one = family.norms_plus_one and len(shape) == 1 and name.endswith("norm.weight")
+        yield Entry(name, source, order(config, shape[0]) if order else None, plus_one)
+    if nowhere:
+        raise FormatError(
+            f"a GGUF file of architecture {family.architecture} has no place for {len(nowhere)} tensors: "
+            + ", ".join(nowhere[:4])
+        )
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    """Return the keys that all families have."""
+    heads = config.num_attention_heads
+    hidden = config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    inner = next((getattr(config, k, None) for k in ("intermediate_size", "n_inner", "ffn_hidden_size")), None)
+    context = next(
+        (n for k in ("max_position_embeddings", "n_positions", "seq_length") if (n := getattr(config, k, None))), 2048
+    )
+    numbers = {
+        Keys.LLM.VOCAB_SIZE: config.vocab_size,
+        Keys.LLM.CONTEXT_LENGTH: context,
+        Keys.LLM.EMBEDDING_LENGTH: hidden,
+        Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
+        Keys.LLM.FEED_FORWARD_LENGTH: inner or 4 * hidden,
+        Keys.Attention.HEAD_COUNT: heads,
+        Keys.Attention.HEAD_COUNT_KV: kv_heads,
+    }
+    if getattr(config, "rms_norm_eps", None) is not None:
+        numbers[Keys.Attention.LAYERNORM_RMS_EPS] = config.rms_norm_eps
+    else:
+        numbers[Keys.Attention.LAYERNORM_EPS] = next(
+            getattr(config, k) for k in ("layer_norm_eps", "layer_norm_epsilon") if hasattr(config, k)
+        )
+    if getattr(config, "head_dim", None):
+        numbers[Keys.Attention.KEY_LENGTH] = numbers[Keys.Attention.VALUE_LENGTH] = config.head_dim
+    return numbers
+
+
+def _rope(config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the keys and extra tensors of the rotary embedding."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or getattr(config, "alibi", False):
+        return {}, {}
+    if "full_attention" in rope:  # one for each kind of layer: llama.cpp knows the other's
+        rope = rope["full_attention"]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = int(head * rope.get("partial_rotary_factor", 1.0))
+    keys: dict[str, Any] = {Keys.Rope.DIMENSION_COUNT: turned, Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
+    if kind == "default":
+        return keys, {}
+    if kind in ("linear", "yarn"):
+        keys |= {Keys.Rope.SCALING_TYPE: kind, Keys.Rope.SCALING_FACTOR: float(factor)}
+        if kind == "yarn":
+            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
+        return keys, {}
+    if kind == "llama3":
+        return keys, {"rope_freqs.weight": _llama3_factors(rope, turned)}
+    if kind == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
+        scale = config.max_position_embeddings / original
+        keys[Keys.Rope.SCALING_ATTN_FACTOR] = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        long, short = (torch.tensor(rope[k], dtype=torch.float32) for k in ("long_factor", "short_factor"))
+        return keys, {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    raise FormatError(f"llama.cpp does not compute rotary embeddings of type {kind!r}")
+
+
+def _llama3_factors(rope: Mapping[str, Any], turned: int) -> Tensor:
+    """Return what Llama 3.1 divides each rotary frequency by: 1 for high ones, ``factor`` for low ones."""
+    frequency = rope["rope_theta"] ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
+    waves = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # that fit into the first context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = ((waves - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - share) / rope["factor"] + share)
+
+
+def _halves_to_pairs(heads: Callable[[Any], int]) -> Order:
+    """Return the order of rotary rows for a program that turns neighbours: (x0, x1), not (x0, x_half)."""
+
+    def order(config: Any, rows: int) -> Tensor:
+        return torch.arange(rows).view(heads(config), 2, -1).transpose(1, 2).flatten()
+
+    return order
+
+
+def _thirds(config: Any, rows: int) -> Tensor:
+    """All queries, keys and values, from (query, key, value) of each head."""
+    return torch.arange(rows).view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
+
+
+def _grouped(config: Any, rows: int) -> Tensor:
+    """All queries, keys and values, from the (queries, key, value) of each key-value head."""
+    head = config.hidden_size // config.num_attention_heads
+    index = torch.arange(rows).view(_falcon_kv_heads(config), -1, head)
+    return torch.cat([index[:, :-2].flatten(), index[:, -2].flatten(), index[:, -1].flatten()])
+
+
+def _falcon_kv_heads(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return 1 if config.multi_query else int(config.num_attention_heads)
+
+
+def _falcon_keys(config: Any) -> dict[str, Any]:
+    return {Keys.Attention.HEAD_COUNT_KV: _falcon_kv_heads(config), Keys.LLM.TENSOR_DATA_LAYOUT: "jploski"}
+
+
+def _check_falcon(config: Any) -> None:
+    if config.alibi or not (config.parallel_attn or config.new_decoder_architecture):
+        raise FormatError("llama.cpp runs Falcon models with rotary positions and parallel attention only")
+
+
+def _sliding(config: Any) -> dict[str, Any]:
+    return {Keys.Attention.SLIDING_WINDOW: config.sliding_window} if config.sliding_window else {}
+
+
+def _gemma2_keys(config: Any) -> dict[str, Any]:
+    return _sliding(config) | {
+        Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.attn_logit_softcapping,
+        Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.final_logit_softcapping,
+    }
+
+
+def _check_gemma(config: Any) -> None:
+    every = 2 if config.model_type == "gemma2" else 6
+    wanted = [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
+    ]
+    if list(config.layer_types) != wanted:
+        raise FormatError(f"llama.cpp lets every {every}th layer see the whole context; this model's layers differ")
+    if config.query_pre_attn_scalar != config.head_dim:
+        raise FormatError(
+            f"llama.cpp scales attention by the head size {config.head_dim}, not query_pre_attn_scalar "
+            f"{config.query_pre_attn_scalar}"
+        )
+
+
+def _neox_keys(config: Any) -> dict[str, Any]:
+    return {Keys.LLM.USE_PARALLEL_RESIDUAL: config.use_parallel_residual}
+
+
+ROTATED = {
+    "self_attn.q_proj": _halves_to_pairs(lambda config: config.num_attention_heads),
+    "self_attn.k_proj": _halves_to_pairs(lambda config: config.num_key_value_heads),
+}
+FAMILIES = {
+    "llama": Family("llama", ROTATED),
+    "mistral": Family("llama", ROTATED),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma2": Family("gemma2", norms_plus_one=True, extra_keys=_gemma2_keys, check=_check_gemma),
+    "gemma3_text": Family("gemma3", norms_plus_one=True, extra_keys=_sliding, check=_check_gemma),
+    "phi3": Family("phi3", extra_keys=_sliding),
+    "gpt2": Family("gpt2"),
+    "gpt_neox": Family("gptneox", {"query_key_value": _thirds}, extra_keys=_neox_keys),
+    "falcon": Family("falcon", {"query_key_value": _grouped}, extra_keys=_falcon_keys, check=_check_falcon),
+    "bloom": Family("bloom", {"query_key_value": _thirds}),
+}

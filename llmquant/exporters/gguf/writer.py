@@ -1,0 +1,77 @@
+"""Write a GGUF file, or numbered shards, with at most one tensor in memory (the container is the gguf package's)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
+from torch import Tensor
+
+from llmquant.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: its name, shape [..., rows, columns] and type in lower case."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def bytes(self) -> int:
+        per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type.upper()]]
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count // per_block * block_bytes
+
+
+def write(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[Stored],
+    data: Iterator[Tensor],
+    split_bytes: int = 0,
+) -> list[Path]:
+    """Write ``path``, or shards beside it named after it, and return their paths.
+
+    metadata: with "general.architecture". data: the bytes of every tensor in turn (uint8), in the order of ``tensors``.
+    split_bytes: the most bytes of tensors in one shard; 0 for one file.
+    """
+    writer = GGUFWriter(path, metadata[Keys.General.ARCHITECTURE], split_max_size=split_bytes)
+    for key, value in metadata.items():
+        if key != Keys.General.ARCHITECTURE:  # the writer has put it in already
+            _add(writer, key, value)
+    for tensor in tensors:
+        type_ = GGMLQuantizationType[tensor.type.upper()]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.void), tensor.bytes, type_)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, raw in zip(tensors, data, strict=True):
+            if raw.nbytes != tensor.bytes:
+                raise FormatError(f"{tensor.name}: {raw.nbytes} bytes instead of {tensor.bytes}")
+            writer.write_tensor_data(raw.numpy())
+    finally:
+        writer.close()
+    return sorted(path.parent.glob(f"{path.stem}*.gguf"))
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a key-value, in the value type that llama.cpp asks for."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_key_value(key, value, GGUFValueType.STRING)
+    elif value:
+        writer.add_array(key, value)

@@ -1,0 +1,74 @@
+"""A GGUF file that reads like a model folder: tensors by their names in transformers, decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmquant import gguf_file
+from llmquant.checkpoint import Checkpoint, TensorInfo
+from llmquant.errors import CheckpointError
+from llmquant.exporters.gguf import families
+from llmquant.models import spec_for
+from llmquant.stream import model_config
+
+
+class GgufCheckpoint(Checkpoint):
+    """The model of a GGUF file, or of its shards: ``read`` decodes a tensor to float32."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header, and let transformers make its configuration of it; raise CheckpointError."""
+        self.file = gguf_file.read(path)
+        self.path, self.folder, self.gguf_file = path, path.parent, path.name
+        config = model_config(path.parent, gguf_file=path.name)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+        self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
+        spec = spec_for(self.config)
+        self._conv1d = spec.conv1d
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
+        if config.get_text_config().tie_word_embeddings:
+            shapes.pop(f"{spec.head}.weight", None)
+        self._entries = {entry.source: entry for entry in families.layout(config, shapes).entries}
+        for entry in self._entries.values():
+            if entry.name not in self.file.tensors:
+                raise CheckpointError(f"{path}: has no tensor {entry.name}, which this architecture needs")
+        self.infos = {name: infos[name] for name in self._entries}
+
+    @property
+    def format(self) -> str:
+        return "gguf"
+
+    @property
+    def bytes(self) -> int:
+        return self.file.bytes
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all matrices and vectors."""
+        return sum(tensor.numel for tensor in self.file.tensors.values())
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return one tensor, decoded to float32, or some rows of it."""
+        if name not in self.infos:
+            raise CheckpointError(f"{self.path}: has no tensor {name}")
+        entry = self._entries[name]
+        stored = self.file.tensors[entry.name]
+        values = gguf_file.to_float(stored).view(stored.shape)
+        if entry.rows is not None:
+            values = torch.empty_like(values).index_copy_(0, entry.rows, values)
+        if entry.plus_one:
+            values = values - 1
+        wanted = self.infos[name].shape
+        if self._conv1d and values.ndim == 2 and values.shape != wanted:
+            values = values.T
+        if values.shape != wanted:
+            raise CheckpointError(
+                f"{self.path}: {entry.name} is {list(stored.shape)}, but its metadata asks for {list(wanted)}"
+            )
+        return values[slice(*rows)] if rows else values

@@ -1,0 +1,76 @@
+"""Q2_K: llama.cpp's super-block of 256 columns in 16 groups of 16, 2.625 bits a weight.
+
+    value = (d * scale) * code - (dmin * minimum)
+
+One block, 84 bytes; s and m are the scale and the minimum of a group, c a code:
+
+    byte 0+g            mg sg                                     4 + 4 bits, high bits first; g = 0..15
+    byte 16+32h+j       c(128h+96+j) c(128h+64+j) c(128h+32+j) c(128h+j)   4 x 2 bits; h = 0, 1; j = 0..31
+    byte 80..81         d                                         float16
+    byte 82..83         dmin                                      float16
+
+Source: ggml-common.h `block_q2_K`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llmquant import offset_search
+from llmquant.blocks import Block
+from llmquant.grid import Params
+
+
+@dataclass(frozen=True)
+class Config:
+    """llama.cpp's Q2_K; there is nothing to set."""
+
+    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q2_K:
+        """Return the grid; ShapeError where the columns are not whole blocks."""
+        grid = Q2_K()
+        grid.check_columns(cols)
+        return grid
+
+    def substitute(self) -> tuple[str, Any]:
+        """Return what llama.cpp takes for columns that are not whole blocks."""
+        from llmquant.grids import q4_0
+
+        return "q4_0", q4_0.Config()
+
+
+class Q2_K(Block):  # noqa: N801
+    name = "q2_k"
+    span = 256
+    group = 16
+    block_bytes = 84
+
+    @property
+    def table(self) -> Float[Tensor, " levels"]:
+        return torch.arange(4, dtype=torch.float32)
+
+    def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        return offset_search.fit_super_block(w, importance, groups=16, top=3, sub_top=15)
+
+    def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return offset_search.store_super_block(scale, offset, sub_top=15)
+
+    def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+        return offset_search.super_block_levels(params)
+
+    def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
+        d, dmin = (params[name].contiguous().view(torch.uint8) for name in ("d", "dmin"))
+        c = codes.view(-1, 2, 4, 32)
+        packed = c[:, :, 0] | (c[:, :, 1] << 2) | (c[:, :, 2] << 4) | (c[:, :, 3] << 6)
+        return torch.cat([params["scale"] | (params["minimum"] << 4), packed.flatten(1), d, dmin], dim=1)
+
+    def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
+        sub, packed, d, dmin = torch.split(blocks, [16, 64, 2, 2], dim=1)
+        factors = {"d": d.contiguous().view(torch.float16), "dmin": dmin.contiguous().view(torch.float16)}
+        c = packed.reshape(-1, 2, 32)
+        codes = torch.stack([(c >> place) & 3 for place in (0, 2, 4, 6)], dim=2)
+        return codes.flatten(1), factors | {"scale": sub & 15, "minimum": sub >> 4}

@@ -1,0 +1,73 @@
+"""Q5_1: a scale and an offset for every 32 columns, 6 bits a weight.
+
+    value = d * code + m
+
+One block, 24 bytes; l and h are the low 4 bits and the high bit of a code:
+
+    byte 0..1     d                        float16
+    byte 2..3     m                        float16
+    byte 4+i      h(8i+7) .. h(8i+1) h(8i)  8 x 1 bit, high bits first; i = 0..3
+    byte 8+j      l(16+j) lj               4 + 4 bits; j = 0..15
+
+Source: ggml-common.h `block_q5_1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llmquant import offset_search
+from llmquant.blocks import Block, to_half
+from llmquant.grid import Params
+
+
+@dataclass(frozen=True)
+class Config:
+    """llama.cpp's Q5_1; there is nothing to set."""
+
+    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q5_1:
+        """Return the grid; ShapeError where the columns are not whole blocks."""
+        grid = Q5_1()
+        grid.check_columns(cols)
+        return grid
+
+    def substitute(self) -> None:
+        """Return None: what Q5_1 cannot hold stays float16."""
+
+
+class Q5_1(Block):  # noqa: N801
+    name = "q5_1"
+    span = 32
+    group = 32
+    block_bytes = 24
+
+    @property
+    def table(self) -> Float[Tensor, " levels"]:
+        return torch.arange(32, dtype=torch.float32)
+
+    def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        return offset_search.fit_group(w, importance, top=31)
+
+    def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return {"d": to_half(scale), "m": to_half(offset)}
+
+    def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+        return params["d"].float(), params["m"].float()
+
+    def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
+        d, m = (params[name].contiguous().view(torch.uint8) for name in ("d", "m"))
+        place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        high = ((codes >> 4).view(-1, 4, 8) << place).sum(2, dtype=torch.uint8)
+        low = codes & 15
+        return torch.cat([d, m, high, low[:, :16] | (low[:, 16:] << 4)], dim=1)
+
+    def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
+        d, m, high, low = torch.split(blocks, [2, 2, 4, 16], dim=1)
+        params = {"d": d.contiguous().view(torch.float16), "m": m.contiguous().view(torch.float16)}
+        place = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+        bits = ((high[:, :, None] >> place) & 1).flatten(1)
+        return torch.cat([low & 15, low >> 4], dim=1) | (bits << 4), params

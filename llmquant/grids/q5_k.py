@@ -1,0 +1,72 @@
+"""Q5_K: llama.cpp's super-block of 256 columns in 8 groups of 32, 5.5 bits a weight.
+
+    value = (d * scale) * code - (dmin * minimum)
+
+One block, 176 bytes; l and h are the low 4 bits and the high bit of a code:
+
+    byte 0..15        d, dmin, scales and minimums, as in Q4_K
+    byte 16+j         h(224+j) .. h(32+j) hj    8 x 1 bit, high bits first; j = 0..31
+    byte 48+32p+j     l(64p+32+j) l(64p+j)      4 + 4 bits; p = 0..3
+
+Source: ggml-common.h `block_q5_K`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llmquant import offset_search
+from llmquant.blocks import Block
+from llmquant.grid import Params
+from llmquant.grids import q5_1
+from llmquant.grids.q4_k import pack_nibbles, pack_params, unpack_nibbles, unpack_params
+
+
+@dataclass(frozen=True)
+class Config:
+    """llama.cpp's Q5_K; there is nothing to set."""
+
+    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q5_K:
+        """Return the grid; ShapeError where the columns are not whole blocks."""
+        grid = Q5_K()
+        grid.check_columns(cols)
+        return grid
+
+    def substitute(self) -> tuple[str, q5_1.Config]:
+        """Return what llama.cpp takes for columns that are not whole blocks."""
+        return "q5_1", q5_1.Config()
+
+
+class Q5_K(Block):  # noqa: N801
+    name = "q5_k"
+    span = 256
+    group = 32
+    block_bytes = 176
+
+    @property
+    def table(self) -> Float[Tensor, " levels"]:
+        return torch.arange(32, dtype=torch.float32)
+
+    def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        return offset_search.fit_super_block(w, importance, groups=8, top=31, sub_top=63)
+
+    def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return offset_search.store_super_block(scale, offset, sub_top=63)
+
+    def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+        return offset_search.super_block_levels(params)
+
+    def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
+        place = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
+        high = ((codes >> 4).view(-1, 8, 32) << place).sum(1, dtype=torch.uint8)
+        return torch.cat([pack_params(params), high, pack_nibbles(codes)], dim=1)
+
+    def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
+        head, high, packed = torch.split(blocks, [16, 32, 128], dim=1)
+        place = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+        bits = ((high[:, None] >> place) & 1).flatten(1)
+        return unpack_nibbles(packed) | (bits << 4), unpack_params(head)
