@@ -47,3 +47,24 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     """Round to float16, the largest finite value where that would overflow."""
     top = torch.finfo(torch.float16).max
     return x.clamp(-top, top).to(torch.float16)
+
+
+def half_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Return float16 values [n, k] as bytes [n, 2k]."""
+    return x.contiguous().view(torch.uint8)
+
+
+def halves(raw: torch.Tensor) -> torch.Tensor:
+    """Return bytes [n, 2k] as float16 values [n, k]."""
+    return raw.contiguous().view(torch.float16)
+
+
+def join_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Return bytes [..., k / 2] of 4-bit codes [..., k]: the first half of them low, the second high."""
+    low, high = codes.chunk(2, dim=-1)
+    return (low & 15) | (high << 4)
+
+
+def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
+    """Return the 4-bit codes of bytes: the inverse of ``join_nibbles``."""
+    return torch.cat([raw & 15, raw >> 4], dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmquant.errors import CheckpointError, LlmquantError
 
 
-class LlamaCpp:
+class CppModel:
     """A GGUF file in llama.cpp on the CPU, with its default settings (16-bit cache, activations rounded to 8 bits)."""
 
     def __init__(self, path: Path, context: int, exact: bool = False) -> None:

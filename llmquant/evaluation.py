@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmquant import data, memory, protocols
-from llmquant.cpp_runtime import LlamaCpp
+from llmquant.cpp_runtime import CppModel
 from llmquant.errors import CheckpointError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.metrics import Scores
@@ -114,9 +114,9 @@ def evaluate(
     if runtime == "llama.cpp":
         if not isinstance(checkpoint, GgufCheckpoint):
             raise CheckpointError(f"{path}: --runtime llama.cpp runs GGUF files only")
-        program = LlamaCpp(checkpoint.file.path, windows.tokens.shape[1])
+        program = CppModel(checkpoint.file.path, windows.tokens.shape[1])
         vocabulary, weights = program.vocabulary, checkpoint.weights
-        predict = partial(_predict_by_llama_cpp, program, windows)
+        predict = partial(_predict_by_program, program, windows)
     else:
         stream = Stream(checkpoint, device_of(device), trust_remote_code)
         vocabulary, weights = stream.vocabulary, stream.weights
@@ -158,7 +158,7 @@ def _predict(stream: Stream, windows: Windows, hidden: Sequence[Tensor], i: int)
     return stream.finish(windows.tokens[i : i + 1], hidden[i])[0, :-1][counted]
 
 
-def _predict_by_llama_cpp(program: LlamaCpp, windows: Windows, i: int) -> Float[Tensor, "scored vocab"]:
+def _predict_by_program(program: CppModel, windows: Windows, i: int) -> Float[Tensor, "scored vocab"]:
     return program.logits(windows.tokens[i])[:-1][windows.scored[i]]
 
 

@@ -14,17 +14,17 @@ and knows neither the experts of a matrix nor the tokens of a chunk.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import gguf
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llmquant import gguf_file
 from llmquant.errors import CheckpointError
 from llmquant.stats import Stats
 
@@ -48,7 +48,8 @@ class Entry:
     @staticmethod
     def of(stats: Stats) -> Entry:
         """Return the statistics of a site as the entry of one of its matrices."""
-        return Entry((stats.square_mean.double() * stats.tokens).float()[None], torch.tensor([stats.tokens]))
+        sums = stats.square_mean.double().cpu() * stats.tokens
+        return Entry(sums.float()[None], torch.tensor([stats.tokens]))
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,17 @@ class Imatrix:
 
 
 def read(path: Path) -> Imatrix:
-    """Return an imatrix of either form, or raise CheckpointError. Takes no more memory than the file has bytes."""
+    """Return an imatrix of either form, or raise CheckpointError. Allocates nothing that the file does not hold."""
     try:
         with path.open("rb") as file:
-            source = _Source(path, file)
-            imatrix = _read_gguf(source) if source.starts_with(b"GGUF") else _read_dat(source)
+            older = file.read(4) != b"GGUF"
+            file.seek(0)
+            imatrix = _read_dat(_Dat(path, file)) if older else _read_gguf(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     for name, entry in imatrix.entries.items():
         if not bool((entry.sums.isfinite() & (entry.sums >= 0)).all()):
-            raise source.broken(f"{name} has sums of squares that are negative or not finite")
+            raise _broken(path, f"{name!r} has sums of squares that are negative or not finite")
     return imatrix
 
 
@@ -112,168 +114,90 @@ def write(path: Path, imatrix: Imatrix) -> None:
     os.replace(partial, path)
 
 
-class _Source:
-    """A file read piece by piece; no piece is larger than what is left of the file."""
+def _broken(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: is not an imatrix, or damaged: {what}")
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    file = gguf_file.read(path)
+    metadata = file.metadata
+    if metadata.get("general.type") != "imatrix":
+        raise _broken(path, f"general.type is {metadata.get('general.type')!r}")
+    datasets = metadata.get(DATASETS)
+    if not isinstance(datasets, list) or not all(isinstance(dataset, str) for dataset in datasets):
+        raise _broken(path, f"{DATASETS} is {datasets!r}")
+    chunks: dict[str, int] = {}
+    for key in (CHUNK_COUNT, CHUNK_SIZE):
+        number = metadata.get(key)
+        if not isinstance(number, int) or number < 0:
+            raise _broken(path, f"{key} is {number!r}")
+        chunks[key] = number
+    entries: dict[str, Entry] = {}
+    for name in sorted({key.removesuffix(SUMS).removesuffix(COUNTS) for key in file.tensors}):
+        sums, counts = _floats(file, name + SUMS), _floats(file, name + COUNTS)
+        if len(sums) % len(counts):
+            raise _broken(path, f"{name!r} has {len(sums)} sums for {len(counts)} counts")
+        if not bool(((counts >= 0) & (counts <= MOST_TOKENS)).all()):
+            raise _broken(path, f"{name!r} has counts that are negative or not finite")
+        entries[name] = Entry(sums.reshape(len(counts), -1), counts.round().long())
+    if not entries:
+        raise _broken(path, "it has no entries")
+    # a file name may be no UTF-8
+    texts = tuple(dataset.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for dataset in datasets)
+    return Imatrix(entries, texts, chunks[CHUNK_COUNT], chunks[CHUNK_SIZE])
+
+
+def _floats(file: gguf_file.GgufFile, name: str) -> Float[Tensor, " numel"]:
+    if name not in file.tensors or file.tensors[name].type != "f32":
+        raise _broken(file.path, f"it has no tensor {name} of type f32")
+    return file.tensors[name].read().view(torch.float32).flatten()
+
+
+class _Dat:
+    """A file of the older form, taken piece by piece; no piece is larger than what is left of it."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
 
-    def broken(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: is not an imatrix, or damaged: {what}")
-
-    @property
-    def position(self) -> int:
-        return self._file.tell()
-
     @property
     def left(self) -> int:
-        return self._size - self.position
-
-    def starts_with(self, magic: bytes) -> bool:
-        found = self._file.read(len(magic))
-        self._file.seek(0)
-        return found == magic
-
-    def seek(self, position: int) -> None:
-        """Go to a place in the file; what lies behind its end has nothing left."""
-        self._file.seek(min(position, self._size))
+        return self._size - self._file.tell()
 
     def take(self, count: int, what: str) -> bytes:
         if not 0 <= count <= self.left:
-            raise self.broken(f"{what} takes {count} bytes at offset {self.position}, where {self.left} are left")
+            raise _broken(self.path, f"{what} takes {count} bytes, where {self.left} are left")
         return self._file.read(count)
 
-    def number(self, code: str, what: str) -> Any:
-        """Return one number; ``code`` is struct's."""
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))[0]
+    def number(self, what: str, least: int) -> int:
+        number = int.from_bytes(self.take(4, what), "little", signed=True)
+        if number < least:
+            raise _broken(self.path, f"{what} is {number}")
+        return number
 
-    def text(self, code: str, what: str) -> str:
-        """Return a string behind its length."""
-        data = self.take(self.number(code, f"the length of {what}"), what)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.broken(f"{what} is not text") from None
+    def text(self, what: str) -> str:
+        return self.take(self.number(f"the length of {what}", 0), what).decode("utf-8", "replace")
 
     def floats(self, count: int, what: str) -> Float[Tensor, " count"]:
         return torch.frombuffer(bytearray(self.take(4 * count, what)), dtype=torch.float32)
 
 
-def _read_dat(source: _Source) -> Imatrix:
+def _read_dat(file: _Dat) -> Imatrix:
     entries: dict[str, Entry] = {}
     chunk_count = 0
-    for index in range(_positive(source, "the number of entries")):
-        name = source.text("i", f"the name of entry {index}")
-        chunks = source.number("i", f"the number of chunks of {name!r}")
-        if chunks < 0 or name in entries:
-            raise source.broken(f"{name!r} has {chunks} chunks" if chunks < 0 else f"{name!r} occurs twice")
-        values = source.floats(_positive(source, f"the number of columns of {name!r}"), f"{name!r}")
-        entries[name] = Entry(values[None] * DAT_CHUNK, torch.tensor([chunks * DAT_CHUNK]))
+    for index in range(file.number("the number of entries", 1)):
+        name = file.text(f"the name of entry {index}")
+        if name in entries:
+            raise _broken(file.path, f"{name!r} occurs twice")
+        chunks = file.number(f"the number of chunks of {name!r}", 0)
+        means = file.floats(file.number(f"the number of columns of {name!r}", 1), f"{name!r}")  # times chunks
+        entries[name] = Entry(means[None] * DAT_CHUNK, torch.tensor([chunks * DAT_CHUNK]))
         chunk_count = max(chunk_count, chunks)
     datasets: tuple[str, ...] = ()
-    if source.left:
-        chunk_count = source.number("i", "the number of chunks")
-        datasets = (source.text("i", "the name of the text"),)
-    if source.left or chunk_count < 0:
-        raise source.broken(f"{chunk_count} chunks, and {source.left} bytes behind the end")
+    if file.left:
+        chunk_count = file.number("the number of chunks", 0)
+        datasets = (file.text("the name of the text"),)
+    if file.left:
+        raise _broken(file.path, f"{file.left} bytes behind the end")
     return Imatrix(entries, datasets, chunk_count, DAT_CHUNK)
-
-
-def _positive(source: _Source, what: str) -> int:
-    number = int(source.number("i", what))
-    if number < 1:
-        raise source.broken(f"{what} is {number}")
-    return number
-
-
-def _read_gguf(source: _Source) -> Imatrix:
-    source.take(4, "the magic")
-    version = source.number("I", "the version")
-    if version not in (2, 3):
-        raise source.broken(f"version {version} of GGUF is not 2 or 3")
-    tensor_count = source.number("Q", "the number of tensors")
-    metadata: dict[str, Any] = {}
-    for _ in range(source.number("Q", "the number of keys")):
-        key = source.text("Q", "a key")
-        if key in metadata:
-            raise source.broken(f"the key {key!r} occurs twice")
-        metadata[key] = _value(source, source.number("I", f"the type of {key!r}"), key)
-    if metadata.get("general.type") != "imatrix":
-        raise source.broken(f"general.type is {metadata.get('general.type')!r}")
-    datasets = metadata.get(DATASETS)
-    if not isinstance(datasets, tuple):
-        raise source.broken(f"{DATASETS} is {datasets!r}")
-    chunks: dict[str, int] = {}
-    for key in (CHUNK_COUNT, CHUNK_SIZE):
-        number = metadata.get(key)
-        if not isinstance(number, int) or number < 0:
-            raise source.broken(f"{key} is {number!r}")
-        chunks[key] = number
-    tensors = _tensors(source, tensor_count, metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
-    entries: dict[str, Entry] = {}
-    for name in sorted({key.removesuffix(SUMS).removesuffix(COUNTS) for key in tensors}):
-        sums, counts = tensors.get(name + SUMS), tensors.get(name + COUNTS)
-        if sums is None or counts is None:
-            raise source.broken(f"{name!r} has no {SUMS if sums is None else COUNTS}")
-        if len(sums) % len(counts):
-            raise source.broken(f"{name!r} has {len(sums)} sums for {len(counts)} counts")
-        if not bool(((counts >= 0) & (counts <= MOST_TOKENS)).all()):
-            raise source.broken(f"{name!r} has counts that are negative or not finite")
-        entries[name] = Entry(sums.reshape(len(counts), -1), counts.round().long())
-    if not entries:
-        raise source.broken("it has no entries")
-    return Imatrix(entries, datasets, chunks[CHUNK_COUNT], chunks[CHUNK_SIZE])
-
-
-def _tensors(source: _Source, tensor_count: int, alignment: Any) -> dict[str, Float[Tensor, " numel"]]:
-    """Return all tensors flat. The source stands at their descriptions."""
-    if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-        raise source.broken(f"general.alignment is {alignment!r}")
-    places: dict[str, tuple[int, int]] = {}
-    for _ in range(tensor_count):
-        name = source.text("Q", "the name of a tensor")
-        if name in places:
-            raise source.broken(f"the tensor {name!r} occurs twice")
-        dimensions = source.number("I", f"the number of dimensions of {name!r}")
-        if dimensions > 4:
-            raise source.broken(f"{name!r} has {dimensions} dimensions")
-        numel = 1
-        for _ in range(dimensions):
-            numel *= source.number("Q", f"the shape of {name!r}")
-        if not numel:
-            raise source.broken(f"{name!r} is empty")
-        type_ = source.number("I", f"the type of {name!r}")
-        if type_ != gguf.GGMLQuantizationType.F32:
-            raise source.broken(f"{name!r} is of type {type_}, not float32")
-        places[name] = (source.number("Q", f"the offset of {name!r}"), numel)
-    start = -(-source.position // alignment) * alignment
-    if (total := sum(4 * numel for _, numel in places.values())) > source.left:
-        raise source.broken(f"its tensors take {total} bytes, where {source.left} are left")
-    found: dict[str, Float[Tensor, " numel"]] = {}
-    for name, (offset, numel) in places.items():
-        source.seek(start + offset)
-        found[name] = source.floats(numel, f"{name!r}")
-    return found
-
-
-CODES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
-
-def _value(source: _Source, type_: int, key: str) -> Any:
-    """Return a value of GGUF's metadata; of an array a tuple of its strings, or None for one of numbers."""
-    if type_ in CODES:
-        return source.number(CODES[type_], f"{key!r}")
-    if type_ == STRING:
-        return source.text("Q", f"{key!r}")
-    if type_ != ARRAY:
-        raise source.broken(f"{key!r} is of the unknown type {type_}")
-    item, count = source.number("I", f"the type of {key!r}"), source.number("Q", f"the length of {key!r}")
-    if item == STRING:
-        return tuple(source.text("Q", f"{key!r}") for _ in range(count))
-    if item not in CODES:
-        raise source.broken(f"{key!r} is an array of the unknown type {item}")
-    source.take(count * struct.calcsize(CODES[item]), f"{key!r}")
-    return None

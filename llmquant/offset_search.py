@@ -34,7 +34,7 @@ small trained models (with and without importance), Gaussian and Laplace noise.
 SPARE = (0, 1, 2, 3)  # the largest sub-scale of a super-block may be stored as the largest integer minus one of these
 LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
 SINGULAR = 1e-5  # a float32 determinant below this share of its terms is noise
-FAR = 1e9  # no format with float16 factors reaches 3e8; larger weights would only overflow the sums
+LARGEST = torch.finfo(torch.float16).max
 CHUNK = 2**20  # weights searched at once
 
 
@@ -100,7 +100,7 @@ def fit_group(w: Float[Tensor, "n size"], importance: Float[Tensor, "n size"], t
         d = to_half(rounding.best()[0])
         return {"d": d, "m": to_half(rounding.best_offset(d.to(x.dtype)))}
 
-    return _in_chunks(fit, w, importance)
+    return _in_chunks(fit, w, importance, reach=LARGEST)
 
 
 def fit_super_block(
@@ -130,7 +130,7 @@ def fit_super_block(
             "minimum": block.minimum[:, :, 0].to(torch.uint8),
         }
 
-    return _in_chunks(fit, w, importance)
+    return _in_chunks(fit, w, importance, reach=LARGEST * sub_top)
 
 
 def store_super_block(scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"], sub_top: int) -> Params:
@@ -248,16 +248,19 @@ def _half(value: Tensor) -> Tensor:
 
 
 def _half_above(value: Tensor) -> Tensor:
-    """Round away from zero to float16: a tiny factor does not become 0, and the largest integer is always enough."""
-    return _half(value + value * 2**-11 + value.sign() * 2**-25)
+    """Round away from zero to float16: a tiny factor does not become 0, and the largest integer is enough."""
+    nearest = to_half(value)
+    next_ = (nearest.view(torch.int16) + 1).view(torch.float16)
+    short = nearest.to(value.dtype).abs() < value.abs().clamp(max=LARGEST)
+    return torch.where(short, next_, nearest).to(value.dtype)
 
 
-def _in_chunks(fit: Callable[[Tensor, Tensor], Params], w: Tensor, importance: Tensor) -> Params:
-    """Fit a bounded number of rows at once, with importances as shares of the largest in the row."""
+def _in_chunks(fit: Callable[[Tensor, Tensor], Params], w: Tensor, importance: Tensor, reach: float) -> Params:
+    """Fit a bounded number of rows at once: weights cut to what offsets reach, importances as shares of the largest."""
     rows = max(CHUNK // w.shape[1], 1)
     parts = []
     for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
         largest = weight.amax(1, keepdim=True)
         share = torch.where(largest > 0, weight / largest, 1.0).clamp(min=LEAST_WEIGHT)
-        parts.append(fit(x.clamp(-FAR, FAR), share.to(x.dtype)))
+        parts.append(fit(x.clamp(-reach, reach), share.to(x.dtype)))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -172,11 +172,12 @@ def _rope(config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _llama3_factors(rope: Mapping[str, Any], turned: int) -> Tensor:
     """Return what Llama 3.1 divides each rotary frequency by: 1 for high ones, ``factor`` for low ones."""
-    frequency = rope["rope_theta"] ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
+    frequency = torch.pow(float(rope["rope_theta"]), -torch.arange(0, turned, 2, dtype=torch.float32) / turned)
     waves = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # that fit into the first context
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     share = ((waves - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - share) / rope["factor"] + share)
+    divisor: Tensor = 1 / ((1 - share) / rope["factor"] + share)
+    return divisor
 
 
 def _halves_to_pairs(heads: Callable[[Any], int]) -> Order:

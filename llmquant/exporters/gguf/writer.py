@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,7 @@ class Stored:
     @property
     def bytes(self) -> int:
         per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type.upper()]]
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count // per_block * block_bytes
+        return math.prod(self.shape) // int(per_block) * int(block_bytes)
 
 
 def write(

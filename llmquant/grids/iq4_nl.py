@@ -1,0 +1,67 @@
+"""IQ4_NL: a scale for every 32 columns and 16 uneven levels, 4.5 bits a weight.
+
+    value = d * level[code]
+
+One block, 18 bytes:
+
+    byte 0..1     d                        float16
+    byte 2+j      c(16+j) cj               4 + 4 bits, high bits first; j = 0..15
+
+Source: ggml-common.h `block_iq4_nl` and `kvalues_iq4nl`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from llmquant import scale_search
+from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
+from llmquant.grid import Params
+
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+STARTS = (-127.0, 113.0, -120.0, -115.0, -104.0, -135.0, 105.0, 95.0, -95.0, 120.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """llama.cpp's IQ4_NL; there is nothing to set."""
+
+    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> IQ4_NL:
+        """Return the grid; ShapeError where the columns are not whole blocks."""
+        grid = IQ4_NL()
+        grid.check_columns(cols)
+        return grid
+
+    def substitute(self) -> None:
+        """Return None: what IQ4_NL cannot hold stays float16."""
+
+
+class IQ4_NL(Block):  # noqa: N801
+    name = "iq4_nl"
+    span = 32
+    group = 32
+    block_bytes = 18
+
+    @property
+    def table(self) -> Float[Tensor, " levels"]:
+        return torch.tensor(LEVELS, dtype=torch.float32)
+
+    def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        return scale_search.fit_group(w, importance, self.table, STARTS)
+
+    def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return {"d": to_half(scale)}
+
+    def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+        scale = params["d"].float()
+        return scale, torch.zeros_like(scale)
+
+    def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
+        return torch.cat([half_bytes(params["d"]), join_nibbles(codes)], dim=1)
+
+    def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
+        return split_nibbles(blocks[:, 2:]), {"d": halves(blocks[:, :2])}

@@ -1,0 +1,182 @@
+"""Choose scales for given levels, so that sum(importance * error²) is small.
+
+    value = scale * table[code]
+
+Rounding weights at one scale gives codes, and with the codes held the error is a
+quadratic in the scale, whose minimum costs nothing more. So a group is rounded at
+a few starts and the start with the best refit wins. A super-block's sub-scales are
+integers: its factor d and they are chosen on the groups' quadratics, rounded once
+more, refitted and, if that is better, kept. Scales may be negative: the format's
+one level more on the negative side then serves whichever sign is the larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llmquant.blocks import to_half
+from llmquant.grid import Params
+
+LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
+FAR = 1e9  # larger weights would only overflow the sums: no float16 factor reaches them
+CHUNK = 2**20  # weights searched at once
+SPARE = (0, 1, 2, 4)  # the largest sub-scale may be stored as the largest integer less one of these
+
+
+class Rounding(NamedTuple):
+    """Groups rounded to their nearest levels, [..., 1] each: the scale, and sums over the group.
+
+    In their names w is the importance, x the weight and t the level it was rounded to.
+    """
+
+    scale: Tensor
+    wxx: Tensor
+    wxt: Tensor
+    wtt: Tensor
+
+    def best_scale(self) -> Tensor:
+        """Return the scale with the least error for these codes (0 where all levels are 0)."""
+        return torch.where(self.wtt > 0, self.wxt / self.wtt, 0.0)
+
+    def error_at(self, scale: Tensor) -> Tensor:
+        """Return sum(importance * error²) of these codes at another scale."""
+        return self.wxx - 2 * scale * self.wxt + scale * scale * self.wtt
+
+
+def fit_group(
+    w: Float[Tensor, "n size"],
+    importance: Float[Tensor, "n size"],
+    table: Float[Tensor, " levels"],
+    starts: Sequence[float],
+) -> Params:
+    """Return {"d": scale} of every row, float16 [n, 1].
+
+    starts: levels that the weight of largest magnitude may be put on, to begin with; need not be in the table.
+    """
+
+    def fit(x: Tensor, weight: Tensor) -> Params:
+        return {"d": to_half(_search(x, weight, table.to(x), starts).best_scale())}
+
+    return _in_chunks(fit, w, importance)
+
+
+def fit_super_block(
+    w: Float[Tensor, "n span"],
+    importance: Float[Tensor, "n span"],
+    table: Float[Tensor, " levels"],
+    starts: Sequence[float],
+    groups: int,
+    lowest: int,
+) -> Params:
+    """Return {"d": float16 [n, 1], "scale": int8 [n, groups]} of every row.
+
+    value = (d * scale) * table[code], scale = lowest ... -lowest - 1
+    """
+
+    def fit(x: Tensor, weight: Tensor) -> Params:
+        x, weight = (value.reshape(len(value), groups, -1) for value in (x, weight))
+        levels = table.to(x)
+        rounding = _search(x, weight, levels, starts)
+        d, scale = _integers(rounding, lowest)
+        best = _round(x, weight, d * scale, levels)
+        for _ in range(2):
+            # with codes and integers held, then with codes and d held, each once more
+            d2 = _half(_share(_total(scale * best.wxt), _total(scale * scale * best.wtt)))
+            scale2 = _whole(best.best_scale(), d2, lowest)
+            again = _round(x, weight, d2 * scale2, levels)
+            better = _total(again.error_at(again.scale)) < _total(best.error_at(best.scale))
+            d, scale = torch.where(better, d2, d), torch.where(better, scale2, scale)
+            best = Rounding(*(torch.where(better, new, old) for new, old in zip(again, best, strict=True)))
+        return {"d": to_half(d)[:, :, 0], "scale": scale[:, :, 0].to(torch.int8)}
+
+    return _in_chunks(fit, w, importance)
+
+
+def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
+    """Return the parameters nearest to wished-for scales, named as in ``fit_super_block``."""
+    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
+    d = _half_above(largest / lowest)
+    return {"d": to_half(d), "scale": _whole(scale, d, lowest).to(torch.int8)}
+
+
+def super_block_levels(params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+    """Return (scale, offset) of every group in float32, as decoders compute them."""
+    scale = params["d"].float() * params["scale"].float()
+    return scale, torch.zeros_like(scale)
+
+
+def nearest_level(x: Tensor, table: Tensor) -> Tensor:
+    """Return the level nearest to each value."""
+    if bool((table.diff() == 1).all()):
+        return x.round().clamp_(float(table[0]), float(table[-1]))
+    return table[torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2)]
+
+
+def _search(x: Tensor, weight: Tensor, table: Tensor, starts: Sequence[float]) -> Rounding:
+    """Return the rounding at the best of the refits of all starts."""
+    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    best = _round(x, weight, largest / starts[0], table)
+    for start in starts[1:]:
+        trial = _round(x, weight, largest / start, table)
+        better = trial.error_at(trial.best_scale()) < best.error_at(best.best_scale())
+        best = Rounding(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
+    return _round(x, weight, best.best_scale(), table)
+
+
+def _round(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
+    level = nearest_level(x * torch.where(scale == 0, 0.0, 1 / scale), table)
+    wt, wx = weight * level, weight * x
+    return Rounding(scale, *(value.sum(-1, keepdim=True) for value in (wx * x, wx * level, wt * level)))
+
+
+def _integers(rounding: Rounding, lowest: int) -> tuple[Tensor, Tensor]:
+    """Return (d, integers): the factor, of a few, under which the groups' codes serve best."""
+    wished = rounding.best_scale()
+    largest = wished.gather(1, wished.abs().argmax(1, keepdim=True))
+    tries = []
+    for spare in SPARE:
+        d = _half_above(largest / (lowest + spare))
+        scale = _whole(wished, d, lowest)
+        tries.append((_total(rounding.error_at(d * scale)), d, scale))
+    error, d, scale = tries[0]
+    for other, d2, scale2 in tries[1:]:
+        better = other < error
+        error, d, scale = (torch.where(better, new, old) for new, old in ((other, error), (d2, d), (scale2, scale)))
+    return d, scale
+
+
+def _total(value: Tensor) -> Tensor:
+    return value.sum(1, keepdim=True)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, 0.0)
+
+
+def _whole(value: Tensor, unit: Tensor, lowest: int) -> Tensor:
+    return torch.where(unit == 0, 0.0, value / unit).round().clamp(lowest, -lowest - 1)
+
+
+def _half(value: Tensor) -> Tensor:
+    return to_half(value).to(value.dtype)
+
+
+def _half_above(value: Tensor) -> Tensor:
+    """Round away from zero to float16, so that the largest integer is always enough."""
+    return _half(value + value * 2**-11 + value.sign() * 2**-25)
+
+
+def _in_chunks(fit: Callable[[Tensor, Tensor], Params], w: Tensor, importance: Tensor) -> Params:
+    """Fit a bounded number of rows at once, with importances as shares of the largest in the row."""
+    rows = max(CHUNK // w.shape[1], 1)
+    parts = []
+    for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
+        largest = weight.amax(1, keepdim=True)
+        share = torch.where(largest > 0, weight / largest, 1.0).clamp(min=LEAST_WEIGHT)
+        parts.append(fit(x.clamp(-FAR, FAR), share.to(x.dtype)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
