@@ -15,7 +15,6 @@ Source: ggml-common.h `block_q2_K`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -24,6 +23,7 @@ from torch import Tensor
 from llmquant import offset_search
 from llmquant.blocks import Block
 from llmquant.grid import Params
+from llmquant.grids import q4_0
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,8 @@ class Config:
         grid.check_columns(cols)
         return grid
 
-    def substitute(self) -> tuple[str, Any]:
+    def substitute(self) -> tuple[str, q4_0.Config]:
         """Return what llama.cpp takes for columns that are not whole blocks."""
-        from llmquant.grids import q4_0
-
         return "q4_0", q4_0.Config()
 
 

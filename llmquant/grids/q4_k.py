@@ -17,7 +17,6 @@ Source: ggml-common.h `block_q4_K`; ggml-quants.c `get_scale_min_k4` for bytes 4
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -26,6 +25,7 @@ from torch import Tensor
 from llmquant import offset_search
 from llmquant.blocks import Block
 from llmquant.grid import Params
+from llmquant.grids import q5_0
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,8 @@ class Config:
         grid.check_columns(cols)
         return grid
 
-    def substitute(self) -> tuple[str, Any]:
+    def substitute(self) -> tuple[str, q5_0.Config]:
         """Return what llama.cpp takes for columns that are not whole blocks."""
-        from llmquant.grids import q5_0
-
         return "q5_0", q5_0.Config()
 
 
