@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llmquant import data, evaluation, run
+from llmquant import data, evaluation, plugins, run
 from llmquant import export as exporting
 from llmquant import recipe as recipes
 from llmquant import report as reports
@@ -167,6 +167,33 @@ def export(work: str | Path, formats: Sequence[str], out: str | Path, progress: 
     return outputs
 
 
+def imatrix(
+    model: str | Path,
+    text: str | Path,
+    out: str | Path,
+    *,
+    sequences: int = 128,
+    length: int = 512,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Measure how large the activations of each column are, and write llama.cpp's imatrix file of it.
+
+    >>> imatrix("org/model", "text.txt", "imatrix.gguf")  # doctest: +SKIP
+    """
+    out = Path(out)
+    if out.exists():
+        raise OutputError(f"{out}: is there already. Give another --out")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent}: there is no such folder")
+    source = data.Calibration(path=Path(text), sequences=sequences, length=length)
+    stats = run.square_means(model, source, device, trust_remote_code, progress)
+    gguf = plugins.load("exporters", "gguf", "format")
+    gguf.write_importance(out, run.load_config(model, trust_remote_code), stats, source.label, length)
+    return out
+
+
 def _recipe(recipe: str | Path | Recipe, changes: Iterable[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, list(changes))
 
@@ -202,4 +229,4 @@ def _comparison(rows: Sequence[Row], model: str | Path) -> str:
     return reports.comparison(rows, Path(model).name)
 
 
-__all__ = ["Reference", "Report", "Row", "compare", "evaluate", "export", "plan", "quantize"]
+__all__ = ["Reference", "Report", "Row", "compare", "evaluate", "export", "imatrix", "plan", "quantize"]

@@ -236,40 +236,61 @@ def compare(
 
 
 @app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A model folder, float or packed.")], facts: Facts = None) -> None:
-    """List the tensors, sizes and settings of a model folder.
+def imatrix(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="The text to measure on.")],
+    file: Annotated[Path, typer.Option("--out", help="The new file.")],
+    sequences: Annotated[int, typer.Option(help="How many sequences.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in each.", min=2)] = 512,
+    device: Device = "auto",
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Measure how large the activations are that each column meets: llama.cpp's imatrix, for it and for GGUF recipes.
+
+    Example: llmquant imatrix org/model --text text.txt --out imatrix.gguf
+    """
+    from llmquant import api
+
+    with _progress() as tell:
+        api.imatrix(
+            model,
+            text,
+            file,
+            sequences=sequences,
+            length=length,
+            device=device,
+            trust_remote_code=trust,
+            progress=tell,
+        )
+    out.print(f"imatrix: {escape(str(file))}")
+    _write(facts, {"imatrix": str(file)})
+
+
+@app.command()
+def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF file.")], facts: Facts = None) -> None:
+    """List the tensors, sizes and settings of a model folder or a GGUF file.
 
     Example: llmquant inspect out
     """
-    from llmquant.packed import PackedCheckpoint, open_model
+    from llmquant.packed import describe
     from llmquant.report import size
 
-    checkpoint = open_model(path)
+    found = describe(path)
     table = Table("tensor", "type", "shape", "bytes")
-    for name, info in checkpoint.infos.items():
-        shape = " x ".join(map(str, info.shape))
-        table.add_row(name, str(info.dtype).removeprefix("torch."), shape, f"{info.bytes:,}")
+    for name, tensor in found["tensors"].items():
+        table.add_row(escape(name), tensor["dtype"], " x ".join(map(str, tensor["shape"])), f"{tensor['bytes']:,}")
     out.print(table)
-    total = sum(info.bytes for info in checkpoint.infos.values())
-    settings = checkpoint.settings if isinstance(checkpoint, PackedCheckpoint) else {}
-    packed = checkpoint.packed if isinstance(checkpoint, PackedCheckpoint) else {}
-    architecture = ", ".join(checkpoint.config.get("architectures", []))
-    out.print(f"{architecture}: {len(checkpoint.infos)} tensors, {size(total)}, {len(packed)} linears quantized")
-    if settings:
-        out.print_json(data=settings)
-    _write(
-        facts,
-        {
-            "architectures": checkpoint.config.get("architectures"),
-            "bytes": total,
-            "quantized_linears": sorted(packed),
-            "quantization_config": settings,
-            "tensors": {
-                n: {"dtype": str(i.dtype).removeprefix("torch."), "shape": i.shape, "file": i.file}
-                for n, i in checkpoint.infos.items()
-            },
-        },
+    architectures = ", ".join(found["architectures"])
+    quantized = len(found["quantized_linears"])
+    out.print(
+        f"{architectures}: {len(found['tensors'])} tensors, {size(found['bytes'])}, {quantized} linears quantized"
     )
+    for key in ("quantization_config", "metadata"):
+        if found.get(key):
+            short = {k: f"[{len(v)} items]" if isinstance(v, list) and len(v) > 8 else v for k, v in found[key].items()}
+            out.print_json(data=short)
+    _write(facts, found)
 
 
 @app.command(name="list")

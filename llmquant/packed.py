@@ -48,10 +48,17 @@ class PackedCheckpoint(Checkpoint):
         return weight[slice(*rows)] if rows else weight
 
 
-def first_files(folder: Path) -> list[Path]:
-    """Return the GGUF files of a folder, of numbered shards the first."""
-    shards = ((path, gguf_file.SHARD.search(path.name)) for path in sorted(folder.glob("*.gguf")))
-    return [path for path, shard in shards if shard is None or int(shard[1]) == 1]
+def gguf_path(path: Path) -> Path | None:
+    """Return the GGUF file that a path stands for (of shards the first), or None for a folder of another kind."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    shards = ((file, gguf_file.SHARD.search(file.name)) for file in sorted(path.glob("*.gguf")))
+    files = [file for file, shard in shards if shard is None or int(shard[1]) == 1]
+    if len(files) > 1:
+        raise CheckpointError(f"{path}: holds {len(files)} GGUF files. Give one of them, e.g. {files[0]}")
+    return files[0] if files else None
 
 
 def open_model(model: str | Path) -> Checkpoint:
@@ -60,12 +67,9 @@ def open_model(model: str | Path) -> Checkpoint:
     A folder that holds a GGUF file and no config.json stands for that file.
     """
     path = locate(model)
-    if path.is_file() and path.suffix == ".gguf":
-        return GgufCheckpoint(path)
-    if path.is_dir() and not (path / "config.json").exists() and (files := first_files(path)):
-        if len(files) > 1:
-            raise CheckpointError(f"{path}: holds {len(files)} GGUF files. Give one of them, e.g. {files[0]}")
-        return GgufCheckpoint(files[0])
+    file = gguf_path(path)
+    if file is not None:
+        return GgufCheckpoint(file)
     checkpoint = Checkpoint(path)
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
@@ -81,3 +85,31 @@ def open_model(model: str | Path) -> Checkpoint:
     raise CheckpointError(
         f"{checkpoint.folder / 'config.json'}: quant_method {method!r} is not one that llmquant reads"
     )
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Return tensors, sizes and settings of any folder or file that can be read; a GGUF file of any architecture."""
+    path = gguf_path(locate(model))
+    if path is not None:
+        file = gguf_file.read(path)
+        return {
+            "architectures": [str(file.metadata.get("general.architecture", "unknown"))],
+            "bytes": file.bytes,
+            "quantized_linears": sorted(n for n, t in file.tensors.items() if t.type not in gguf_file.FLOATS),
+            "metadata": file.metadata,
+            "tensors": {
+                name: {"dtype": t.type, "shape": t.shape, "bytes": t.bytes, "file": t.path.name}
+                for name, t in file.tensors.items()
+            },
+        }
+    checkpoint = open_model(model)
+    return {
+        "architectures": checkpoint.config.get("architectures", []),
+        "bytes": sum(info.bytes for info in checkpoint.infos.values()),
+        "quantized_linears": sorted(checkpoint.packed) if isinstance(checkpoint, PackedCheckpoint) else [],
+        "quantization_config": checkpoint.settings if isinstance(checkpoint, PackedCheckpoint) else {},
+        "tensors": {
+            name: {"dtype": str(i.dtype).removeprefix("torch."), "shape": i.shape, "bytes": i.bytes, "file": i.file}
+            for name, i in checkpoint.infos.items()
+        },
+    }

@@ -167,6 +167,10 @@ def make(
     needs: list[Needs] = ["nothing"]
     needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
     most = max(needs, key=("nothing", "diagonal", "hessian").index)
+    if recipe.imatrix is not None:
+        if most == "hessian":
+            raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
+        most = "nothing"  # that the model's own activations must give
     if most != "nothing" and recipe.calibration is None:
         raise RecipeError("calibration: missing, and the algorithm needs text. Add --set calibration.path=FILE.")
     quantized = {x.name for x in linears if x.grid}
@@ -245,7 +249,9 @@ def _short(error: Exception) -> str:
 
 
 def _calibrated(recipe: Recipe) -> bool:
-    """Whether the recipe's own algorithm reads activation statistics."""
+    """Whether the recipe's own algorithm knows how large activations are."""
+    if recipe.imatrix is not None:
+        return True
     _, config = plugins.configure("algorithms", recipe.algorithm, "algorithm")
     needs: Needs = plugins.load("algorithms", recipe.algorithm["name"], "algorithm").needs(config)
     return needs != "nothing"

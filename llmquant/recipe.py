@@ -81,6 +81,7 @@ class Recipe(BaseModel):
         any work, "substitute" takes what the grid names for it (affine: one scale a row), "keep" leaves
         them float; both are listed in the report.
     calibration: the text to calibrate on; algorithms that read no statistics need none.
+    imatrix: llama.cpp's file of how large the activations of each column are, for algorithms that need no more.
     true_sequential: let every site of a layer see the rounding of the sites before it in the same layer.
         Off: it sees that of the layers before it.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
@@ -98,6 +99,7 @@ class Recipe(BaseModel):
     ignore: list[str] | None = None
     fallback: Literal["error", "substitute", "keep"] = "error"
     calibration: Calibration | None = None
+    imatrix: Path | None = None
     true_sequential: bool = True
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)

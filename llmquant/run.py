@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ def load_float(model: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers configuration of a model."""
+    return Stream(load_float(model), torch.device("cpu"), trust_remote_code, weights=False).config
+
+
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
     """Return what a run would do; reads no weights."""
     checkpoint = load_float(model)
@@ -137,14 +142,17 @@ def quantize(
         assert recipe_.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
-    source: work.Work | Direct
-    if text is None and work_folder is None and len(recipe_.formats) == 1:
-        source, resumed = Direct(plan, checkpoint, stream.device), 0
-    else:
+    direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
+    source: work.Work | Direct = direct
+    resumed = 0
+    if text is not None or work_folder is not None or len(recipe_.formats) > 1:
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
         source = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
         resumed = sum(source.has(i) for i in range(plan.layers))
-        _quantize_layers(plan, stream, source, None if text is None else text.tokens, progress)
+        if text is None:
+            direct.save(source, progress)
+        else:
+            _quantize_layers(plan, stream, source, text.tokens, progress)
     report = Report(
         model=str(model),
         recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
@@ -169,6 +177,39 @@ def quantize(
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
     return report, None if text is None else data.held_out_windows(text)
+
+
+@torch.no_grad()
+def square_means(
+    model: str | Path,
+    text: data.Calibration,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Stats]:
+    """Return how large the activations are that each linear of the float model reads, by the weight's name."""
+    stream = Stream(load_float(model), device_of(device), trust_remote_code)
+    folder = stream.checkpoint.folder
+    tokens = data.calibration_tokens(text, data.load_tokenizer(folder, trust_remote_code), stream.context).tokens
+    activations = stream.start(tokens)
+    found: dict[str, Stats] = {}
+    for index in range(stream.layers):
+        progress("measuring layers", index, stream.layers)
+        with stream.layer(index) as layer:
+            sums: dict[str, Accumulator] = {}
+
+            def see(site: Site, x: Tensor, sums: dict[str, Accumulator] = sums) -> None:
+                if site.name not in sums:
+                    sums[site.name] = Accumulator(x.shape[1], "diagonal", x.device)
+                sums[site.name].add(x)
+
+            with calibrate.watch(layer, stream.spec.sites, see):
+                stream.run(layer, index, activations)
+        for site in stream.spec.sites:
+            for local in site.linears:
+                found[f"{stream.spec.layers}.{index}.{local}.weight"] = sums[site.name].result()
+    progress("measuring layers", stream.layers, stream.layers)
+    return found
 
 
 def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, Any, work.Work]:
@@ -213,6 +254,14 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
+def _importance(plan: Plan, stream: Stream) -> Mapping[str, Tensor]:
+    """Return what the recipe's imatrix says of each weight's columns, by the weight's name."""
+    if plan.recipe.imatrix is None:
+        return {}
+    found: Mapping[str, Tensor] = plugins.load("exporters", "gguf", "imatrix").importance(plan, stream.config)
+    return found
+
+
 class Direct:
     """Quantizes each linear when it is asked for.
 
@@ -220,16 +269,28 @@ class Direct:
     and no layer of the model needs to be built.
     """
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, device: torch.device, importance: Mapping[str, Tensor]
+    ) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._device = device
+        self._importance = importance
         self._records: dict[str, Any] = {}
+
+    def save(self, log: work.Work, progress: Progress) -> None:
+        """Quantize all linears into a work folder."""
+        for index in [*range(self._plan.layers), None]:
+            linears = [x for x in self._plan.of_layer(index) if x.grid]
+            if linears and not log.has(index):
+                done = {x.name: self.load(x) for x in linears}
+                log.save(index, done, {name: self._records[name] for name in done})
+            progress("quantizing layers", self._plan.layers if index is None else index, self._plan.layers)
 
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records = _quantize_together([linear], [weight], Stats.none(linear.cols, self._device))
+        done, records = _quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -241,13 +302,17 @@ class Direct:
         for start in range(0, linear.rows, step):
             stop = min(start + step, linear.rows)
             weight = self._weight(linear, start, stop)
-            done, records = _quantize_together(
-                [replace(linear, rows=stop - start)], [weight], Stats.none(linear.cols, self._device)
-            )
+            done, records = _quantize_together([replace(linear, rows=stop - start)], [weight], self._stats(linear))
             errors.append((stop - start, records[linear.name]))
             yield done[linear.name]
         mean = {key: sum(n * r[key] for n, r in errors) / linear.rows for key in ("error", "seconds")}
         self._records[linear.name] = errors[0][1] | {key: round(value, 8) for key, value in mean.items()}
+
+    def _stats(self, linear: Linear) -> Stats:
+        known = self._importance.get(linear.weight_name)
+        if known is None:
+            return Stats.none(linear.cols, self._device)
+        return Stats(None, known.to(self._device), known.sqrt().to(self._device), 1)
 
     def _weight(self, linear: Linear, start: int, stop: int) -> Tensor:
         tied = linear.weight_name not in self._checkpoint
@@ -269,32 +334,31 @@ class Direct:
 
 
 @torch.no_grad()
-def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor | None, progress: Progress) -> None:
-    activations = None if tokens is None else stream.start(tokens)
+def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
+    activations = stream.start(tokens)
     outside = [x for x in plan.of_layer(None) if x.grid]
     heads = [x for x in outside if not x.lookup]
     for index in range(plan.layers):
         progress("quantizing layers", index, plan.layers)
         last = index == plan.layers - 1 and not heads
-        if log.has(index) and (activations is None or last):
+        if log.has(index) and last:
             continue
         with stream.layer(index) as layer:
             if log.has(index):
                 for linear in plan.of_layer(index):
                     if linear.grid is not None:
                         _put(layer, plan, linear, log.load(linear))
-                if activations is not None:
-                    stream.run(layer, index, activations)
+                stream.run(layer, index, activations)
             else:
                 log.save(index, *_quantize_layer(plan, stream, layer, index, activations, not last))
     if outside and not log.has(None):
         done: dict[str, QuantizedTensor] = {}
         records: dict[str, Any] = {}
         for linear in outside:
-            stats = Stats.none(linear.cols, stream.device)
-            if tokens is not None and activations is not None and not linear.lookup:
-                stats = _head_stats(stream, tokens, activations, plan)
-            weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
+            if linear.lookup:
+                weight, stats = stream.embedding_weight(), Stats.none(linear.cols, stream.device)
+            else:
+                weight, stats = stream.head_weight(), _head_stats(stream, tokens, activations, plan)
             quantized, told = _quantize_together([linear], [weight], stats)
             done |= quantized
             records |= told
@@ -303,7 +367,7 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor 
 
 
 def _quantize_layer(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations | None, go_on: bool
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations, go_on: bool
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
     """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
 
@@ -326,10 +390,6 @@ def _quantize_layer(
         done.update(quantized)
         records.update(told)
 
-    if activations is None:
-        for site in sites:
-            quantize_site(site, Stats.none(plan.of_layer(index, site)[0].cols, stream.device))
-        return done, records
     with calibrate.stepwise(layer, sites) as begin:
         if plan.recipe.true_sequential and plan.waiting_bytes < memory.available_bytes(stream.device) / 2:
             running = [begin(x, activations.call(x, index)) for x in activations.batches]

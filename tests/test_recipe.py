@@ -1,6 +1,6 @@
 import pytest
 
-from llmquant import recipe
+from llmquant import plugins, recipe
 from llmquant.errors import RecipeError
 from llmquant.recipe import Recipe, matches
 
@@ -30,8 +30,9 @@ def test_every_shipped_recipe_loads_and_explains_itself(name):
     loaded = recipe.load(name)
     assert loaded.name == name
     assert loaded.description
-    assert loaded.choose("model.layers.0.mlp.up_proj") is not None
-    assert loaded.choose("lm_head", head=True) is None
+    type_ = "q4_k" if loaded.mixture else None
+    assert loaded.choose("model.layers.0.mlp.up_proj", type_) is not None
+    assert (loaded.choose("lm_head", type_, head=True) is None) == (loaded.mixture is None)
 
 
 @pytest.mark.parametrize("name", [*recipe.shipped(), "mine"])
@@ -180,6 +181,29 @@ def test_ignored_linears_stay_float_unless_a_rule_names_them(load):
 )
 def test_a_pattern_matches_the_whole_name(pattern, name, expected):
     assert matches(pattern, name) is expected
+
+
+def test_a_mixture_gives_types_and_rules_give_others():
+    text = [{"match": "*.down_proj", "grid": {"name": "q8_0"}}, {"match": "*.o_proj", "keep": True}]
+    loaded = Recipe(name="x", mixture={"name": "q4_k_m"}, rules=text, formats=["gguf"])
+    assert loaded.choose("model.layers.0.mlp.up_proj", "q4_k").grid == "q4_k"
+    assert loaded.choose("model.layers.0.mlp.down_proj", "q6_k").grid == "q8_0"
+    assert loaded.choose("model.layers.0.self_attn.o_proj", "q4_k") is None
+    assert loaded.choose("model.layers.0.mlp.up_proj", "f16") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "grid: a recipe needs a grid, or else a mixture; this one has neither"),
+        ({"grid": {"name": "affine"}, "mixture": {"name": "q4_k_m"}}, "grid: .* this one has both"),
+        ({"mixture": {"name": "q4_k_m"}, "rules": [{"match": "*"}]}, "rules.0: a rule beside a mixture needs a `grid`"),
+        ({"mixture": {"name": "q4_k_m", "puree": True}}, "mixture.puree: unknown key. Did you mean 'pure'"),
+    ],
+)
+def test_a_recipe_has_either_a_grid_or_a_mixture(values, said):
+    with pytest.raises(RecipeError, match=said):
+        plugins.validate(Recipe, {"name": "x", "formats": ["gguf"]} | values, "")
 
 
 def test_a_mistyped_recipe_gets_the_nearest_name():

@@ -4,10 +4,10 @@
 
 One block, 84 bytes; s and m are the scale and the minimum of a group, c a code:
 
-    byte 0+g            mg sg                                     4 + 4 bits, high bits first; g = 0..15
-    byte 16+32h+j       c(128h+96+j) c(128h+64+j) c(128h+32+j) c(128h+j)   4 x 2 bits; h = 0, 1; j = 0..31
-    byte 80..81         d                                         float16
-    byte 82..83         dmin                                      float16
+    byte 0+g        mg sg                      4 + 4 bits, high bits first; g = 0..15
+    byte 16+32h+j   c(96+i) c(64+i) c(32+i) ci   4 x 2 bits; i = 128h + j; h = 0, 1; j = 0..31
+    byte 80..81     d                          float16
+    byte 82..83     dmin                       float16
 
 Source: ggml-common.h `block_q2_K`.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block
+from llmquant.blocks import Block, half_bytes, halves
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
@@ -61,14 +61,13 @@ class Q2_K(Block):  # noqa: N801
         return offset_search.super_block_levels(params)
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        d, dmin = (params[name].contiguous().view(torch.uint8) for name in ("d", "dmin"))
         c = codes.view(-1, 2, 4, 32)
         packed = c[:, :, 0] | (c[:, :, 1] << 2) | (c[:, :, 2] << 4) | (c[:, :, 3] << 6)
-        return torch.cat([params["scale"] | (params["minimum"] << 4), packed.flatten(1), d, dmin], dim=1)
+        sub = params["scale"] | (params["minimum"] << 4)
+        return torch.cat([sub, packed.flatten(1), half_bytes(params["d"]), half_bytes(params["dmin"])], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         sub, packed, d, dmin = torch.split(blocks, [16, 64, 2, 2], dim=1)
-        factors = {"d": d.contiguous().view(torch.float16), "dmin": dmin.contiguous().view(torch.float16)}
         c = packed.reshape(-1, 2, 32)
         codes = torch.stack([(c >> place) & 3 for place in (0, 2, 4, 6)], dim=2)
-        return codes.flatten(1), factors | {"scale": sub & 15, "minimum": sub >> 4}
+        return codes.flatten(1), {"d": halves(d), "dmin": halves(dmin), "scale": sub & 15, "minimum": sub >> 4}

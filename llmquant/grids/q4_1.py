@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block, to_half
+from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
 from llmquant.grid import Params
 
 
@@ -58,10 +58,7 @@ class Q4_1(Block):  # noqa: N801
         return params["d"].float(), params["m"].float()
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        d, m = (params[name].contiguous().view(torch.uint8) for name in ("d", "m"))
-        return torch.cat([d, m, codes[:, :16] | (codes[:, 16:] << 4)], dim=1)
+        return torch.cat([half_bytes(params["d"]), half_bytes(params["m"]), join_nibbles(codes)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        d, m, low = torch.split(blocks, [2, 2, 16], dim=1)
-        params = {"d": d.contiguous().view(torch.float16), "m": m.contiguous().view(torch.float16)}
-        return torch.cat([low & 15, low >> 4], dim=1), params
+        return split_nibbles(blocks[:, 4:]), {"d": halves(blocks[:, :2]), "m": halves(blocks[:, 2:4])}

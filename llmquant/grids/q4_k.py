@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block
+from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q5_0
 
@@ -63,16 +63,16 @@ class Q4_K(Block):  # noqa: N801
         return offset_search.super_block_levels(params)
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        return torch.cat([pack_params(params), pack_nibbles(codes)], dim=1)
+        return torch.cat([pack_params(params), join_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        return unpack_nibbles(blocks[:, 16:]), unpack_params(blocks[:, :16])
+        codes = split_nibbles(blocks[:, 16:].reshape(-1, 4, 32)).flatten(1)
+        return codes, unpack_params(blocks[:, :16])
 
 
 def pack_params(params: Params) -> UInt8[Tensor, "n 16"]:
     """Return bytes 0 to 15 of a block."""
-    d, dmin = (params[name].contiguous().view(torch.uint8) for name in ("d", "dmin"))
-    s, m = params["scale"], params["minimum"]
+    d, dmin, s, m = half_bytes(params["d"]), half_bytes(params["dmin"]), params["scale"], params["minimum"]
     first = [value[:, :4] | (value[:, 4:] >> 4 << 6) for value in (s, m)]
     return torch.cat([d, dmin, *first, (s[:, 4:] & 15) | (m[:, 4:] << 4)], dim=1)
 
@@ -81,20 +81,8 @@ def unpack_params(head: UInt8[Tensor, "n 16"]) -> Params:
     """Return the parameters in bytes 0 to 15 of a block."""
     d, dmin, s, m, low = torch.split(head, [2, 2, 4, 4, 4], dim=1)
     return {
-        "d": d.contiguous().view(torch.float16),
-        "dmin": dmin.contiguous().view(torch.float16),
+        "d": halves(d),
+        "dmin": halves(dmin),
         "scale": torch.cat([s & 63, (low & 15) | (s >> 6 << 4)], dim=1),
         "minimum": torch.cat([m & 63, (low >> 4) | (m >> 6 << 4)], dim=1),
     }
-
-
-def pack_nibbles(codes: UInt8[Tensor, "n 256"]) -> UInt8[Tensor, "n 128"]:
-    """Return the low 4 bits of all codes; groups 2p and 2p + 1 share their bytes."""
-    c = codes.view(-1, 4, 2, 32)
-    return ((c[:, :, 0] & 15) | (c[:, :, 1] << 4)).flatten(1)
-
-
-def unpack_nibbles(packed: UInt8[Tensor, "n 128"]) -> UInt8[Tensor, "n 256"]:
-    """Return the low 4 bits of all codes: the inverse of ``pack_nibbles``."""
-    c = packed.reshape(-1, 4, 32)
-    return torch.stack([c & 15, c >> 4], dim=2).flatten(1)

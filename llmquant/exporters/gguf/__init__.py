@@ -18,8 +18,9 @@ from gguf.utility import naming_convention, size_label
 from torch import Tensor
 
 import llmquant
+from llmquant import imatrix
 from llmquant.data import load_tokenizer
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, RecipeError
 from llmquant.exporters.gguf import families, mixtures, vocabulary, writer
 from llmquant.grid import BlockGrid, Grid, QuantizedTensor
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmquant.export import Source
     from llmquant.plan import Linear, Plan
     from llmquant.recipe import Mixture
+    from llmquant.stats import Stats
 
 METHOD = "gguf"
 CONV1D = True
@@ -87,6 +89,36 @@ def choose_types(
         overrides=list(mixture.overrides.items()) if mixture else [],
     )
     return {entry.source: (types[entry.name].type, types[entry.name].note) for entry in layout.entries}
+
+
+def importance(plan: Plan, config: Any) -> dict[str, Tensor]:
+    """Return mean squares [columns] by a weight's name in the checkpoint, from the recipe's imatrix file.
+
+    Raises CheckpointError for a file that is broken or of another model, RecipeError for one that knows no weight.
+    """
+    assert plan.recipe.imatrix is not None
+    known = imatrix.read(plan.recipe.imatrix)
+    shapes = {x.weight_name: (x.rows, x.cols) for x in plan.linears}
+    found = {}
+    for entry in families.layout(config, shapes).entries:
+        mean = known.square_mean(entry.name, shapes[entry.source][1])
+        if mean is not None:
+            found[entry.source] = mean[0]
+    if not found:
+        raise RecipeError(f"imatrix: {plan.recipe.imatrix} has no entry for any weight of this model")
+    return found
+
+
+def write_importance(path: Path, config: Any, stats: Mapping[str, Stats], text: str, chunk: int) -> None:
+    """Write an imatrix file.
+
+    config: the model's transformers configuration. stats: by the weight's name in the checkpoint.
+    text: its name. chunk: tokens of a sequence.
+    """
+    shapes = {name: (0, len(known.square_mean)) for name, known in stats.items()}
+    entries = {e.name: imatrix.Entry.of(stats[e.source]) for e in families.layout(config, shapes).entries}
+    chunks = max(known.tokens for known in stats.values()) // chunk
+    imatrix.write(path, imatrix.Imatrix(entries, (text,), chunks, chunk))
 
 
 def float_bytes(plan: Plan) -> int:
@@ -164,15 +196,23 @@ def _float_type(plan: Plan, name: str) -> str:
 def _general(plan: Plan, checkpoint: Checkpoint, layout: families.Layout) -> dict[str, Any]:
     """Return the keys that tell people and programs what the file is."""
     name = checkpoint.folder.resolve().name
-    quantized = {x.weight_name for x in plan.quantized.values()}
-    return {
+    keys: dict[str, Any] = {}
+    if plan.recipe.imatrix is not None:
+        known = imatrix.read(plan.recipe.imatrix)
+        keys = {
+            "quantize.imatrix.file": str(plan.recipe.imatrix),
+            "quantize.imatrix.dataset": ", ".join(known.datasets),
+            "quantize.imatrix.entries_count": len(known.entries),
+            "quantize.imatrix.chunks_count": known.chunk_count,
+        }
+    return keys | {
         Keys.General.ARCHITECTURE: layout.architecture,
         Keys.General.TYPE: "model",
         Keys.General.NAME: name,
         Keys.General.BASENAME: name,
         Keys.General.SIZE_LABEL: size_label(plan.weights, 0, 0, 0),
         Keys.General.FILE_TYPE: int(_file_type(plan)),
-        Keys.General.QUANTIZATION_VERSION: 2 if quantized else 0,
+        Keys.General.QUANTIZATION_VERSION: 2 if plan.quantized else 0,
         Keys.General.QUANTIZED_BY: f"llmquant {llmquant.__version__}",
     }
 
