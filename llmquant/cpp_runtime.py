@@ -13,6 +13,27 @@ from torch import Tensor
 from llmquant.errors import CheckpointError, LlmquantError
 
 
+def _load(path: Path) -> tuple[Any, Any]:
+    """Return llama.cpp's module and a model."""
+    try:
+        from cyllama.llama import llama_cpp
+    except ImportError:
+        raise LlmquantError(
+            "--runtime llama.cpp needs cyllama, which is not installed here. Run: pip install 'llmquant[gguf-runtime]'"
+        ) from None
+
+    class Model(llama_cpp.LlamaModel):  # type: ignore[misc]
+        @property
+        def n_vocab(self) -> int:  # cyllama 0.2.18 asks its model for this, which it does not have
+            return int(self.get_vocab().n_vocab)
+
+    llama_cpp.disable_logging()
+    try:
+        return llama_cpp, Model(str(path), llama_cpp.LlamaModelParams())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: llama.cpp does not load it: {str(error).splitlines()[0]}") from None
+
+
 class CppModel:
     """A GGUF file in llama.cpp on the CPU, with its default settings (16-bit cache, activations rounded to 8 bits)."""
 
@@ -21,24 +42,7 @@ class CppModel:
 
         exact: keep keys and values in 32 bits, instead of 16 as is the default.
         """
-        try:
-            from cyllama.llama import llama_cpp
-        except ImportError:
-            raise LlmquantError(
-                "--runtime llama.cpp needs cyllama, which is not installed here. "
-                "Run: pip install 'llmquant[gguf-runtime]'"
-            ) from None
-
-        class Model(llama_cpp.LlamaModel):  # type: ignore[misc]
-            @property
-            def n_vocab(self) -> int:  # cyllama 0.2.18 asks its model for this, which it does not have
-                return int(self.get_vocab().n_vocab)
-
-        llama_cpp.disable_logging()
-        try:
-            self._model = Model(str(path), llama_cpp.LlamaModelParams())
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{path}: llama.cpp does not load it: {str(error).splitlines()[0]}") from None
+        llama_cpp, self._model = _load(path)
         settings = llama_cpp.LlamaContextParams()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         if exact:
@@ -58,3 +62,7 @@ class CppModel:
         self._context.decode(self._batch)
         rows = [np.asarray(self._context.get_logits_ith(i), np.float32) for i in range(len(tokens))]
         return torch.from_numpy(np.stack(rows))
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of a text: special tokens in it are recognised, and none is added."""
+        return list(self._model.get_vocab().tokenize(text, False, True)) if text else []
