@@ -53,10 +53,12 @@ class Checkpoint:
     """A model folder. ``infos`` lists every tensor; ``read`` returns one.
 
     path: the folder, or the one file that holds everything.
-    gguf_file: the name of that file, for transformers, if it is one.
+    gguf_file: the name of that file, if it is a GGUF file.
+    model_config: the transformers configuration, where it is not in config.json.
     """
 
     gguf_file: str | None = None
+    model_config: Any = None
 
     def __init__(self, folder: Path) -> None:
         """Read config.json and all safetensors headers; raise CheckpointError for what is missing or broken."""

@@ -11,20 +11,25 @@ from transformers import AutoModelForCausalLM
 
 from llmquant import gguf_file
 from llmquant.checkpoint import Checkpoint, TensorInfo
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, FormatError
 from llmquant.exporters.gguf import families
 from llmquant.models import spec_for
-from llmquant.stream import model_config
 
 
 class GgufCheckpoint(Checkpoint):
     """The model of a GGUF file, or of its shards: ``read`` decodes a tensor to float32."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header, and let transformers make its configuration of it; raise CheckpointError."""
+        """Read the header and make a configuration of its metadata; raise CheckpointError or FormatError."""
         self.file = gguf_file.read(path)
         self.path, self.folder, self.gguf_file = path, path.parent, path.name
-        config = model_config(path.parent, gguf_file=path.name)
+        stored = self.file.tensors
+        extra = {n: gguf_file.to_float(t)[0] for n, t in stored.items() if n.startswith("rope_")}
+        try:
+            config = families.configuration(self.file.metadata, extra, stored)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+        self.model_config = config
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}

@@ -24,10 +24,10 @@ BATCH_TOKENS = 4096
 """Tokens that pass through a layer together: enough to keep matrix products busy, few enough to stay in cache."""
 
 
-def model_config(folder: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """Return the transformers configuration of a folder, or of a GGUF file in it, or raise CheckpointError."""
+def model_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers configuration of a folder, or raise CheckpointError."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers does not accept it: {error}") from None
 
@@ -44,7 +44,7 @@ class Stream:
         self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True
     ) -> None:
         """Build the model without its layers' weights, or with ``weights`` False without any (to ask for its shape)."""
-        config = model_config(checkpoint.folder, trust_remote_code, checkpoint.gguf_file)
+        config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
         self.spec: ModelSpec = spec_for(checkpoint.config)

@@ -7,7 +7,7 @@ model loaders (which keys they read, what they assume) and convert_hf_to_gguf.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from gguf import Keys
 from jaxtyping import Int
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from llmquant.errors import FormatError
 
@@ -57,6 +58,8 @@ class Family:
     orders: end of a module's name -> the order of the rows of its weight and bias.
     norms_plus_one: norms that store w and apply 1 + w.
     extra_keys: the numbers beyond those that all families have.
+    settings: (metadata below the architecture, names of the tensors) -> settings of transformers' configuration beyond
+        those that all families have.
     check: raises FormatError for what llama.cpp does not compute.
     """
 
@@ -64,6 +67,7 @@ class Family:
     orders: Mapping[str, Order] = field(default_factory=dict)
     norms_plus_one: bool = False
     extra_keys: Callable[[Any], dict[str, Any]] = lambda config: {}
+    settings: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda keys, names: {}
     check: Callable[[Any], None] = lambda config: None
 
 
@@ -87,6 +91,103 @@ def layout(config: Any, names: Mapping[str, tuple[int, ...]]) -> Layout:
     scaling, extra = _rope(config)
     metadata |= {key.format(arch=arch): value for key, value in scaling.items()}
     return Layout(arch, tuple(_entries(family, config, names)), metadata, extra)
+
+
+def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], names: Collection[str]) -> Any:
+    """Return the transformers configuration of a GGUF file's model: the inverse of ``layout``.
+
+    extra: the tensors of the file that a checkpoint does not have. names: of all its tensors.
+
+    Raises FormatError for an architecture or a setting that cannot be told in transformers' terms.
+    """
+    arch = metadata.get(Keys.General.ARCHITECTURE)
+    kind = next((kind for kind, family in FAMILIES.items() if family.architecture == arch), None)
+    if kind is None:
+        known = ", ".join(sorted({family.architecture for family in FAMILIES.values()}))
+        raise FormatError(
+            f"architecture {arch!r} cannot be computed here, only {known}; llama.cpp may: --runtime llama.cpp"
+        )
+    keys = {key.removeprefix(f"{arch}."): value for key, value in metadata.items()}
+
+    def number(key: str) -> Any:
+        return keys.get(key.removeprefix("{arch}."))
+
+    heads, hidden = number(Keys.Attention.HEAD_COUNT), number(Keys.LLM.EMBEDDING_LENGTH)
+    settings = {
+        "vocab_size": number(Keys.LLM.VOCAB_SIZE) or len(metadata[Keys.Tokenizer.LIST]),
+        "max_position_embeddings": number(Keys.LLM.CONTEXT_LENGTH),
+        "hidden_size": hidden,
+        "num_hidden_layers": number(Keys.LLM.BLOCK_COUNT),
+        "intermediate_size": number(Keys.LLM.FEED_FORWARD_LENGTH),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number(Keys.Attention.HEAD_COUNT_KV) or heads,
+        "head_dim": number(Keys.Attention.KEY_LENGTH) or (hidden // heads if hidden and heads else None),
+        "rms_norm_eps": number(Keys.Attention.LAYERNORM_RMS_EPS),
+        "layer_norm_epsilon": number(Keys.Attention.LAYERNORM_EPS),
+        "sliding_window": number(Keys.Attention.SLIDING_WINDOW),
+        "tie_word_embeddings": "output.weight" not in names,
+        "rope_parameters": _rope_settings(number, extra, kind),
+        "bos_token_id": metadata.get(Keys.Tokenizer.BOS_ID),
+        "eos_token_id": metadata.get(Keys.Tokenizer.EOS_ID),
+        "pad_token_id": metadata.get(Keys.Tokenizer.PAD_ID),
+    }
+    missing = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if settings[key] is None]
+    if missing:
+        raise FormatError(f"the metadata of architecture {arch} do not tell the {missing[0]}")
+    settings |= FAMILIES[kind].settings(keys, names)
+    model_type = CONFIG_MAPPING[kind]
+    known = model_type()
+    own = {
+        key: value
+        for key, value in settings.items()
+        if hasattr(known, key) and not isinstance(getattr(model_type, key, None), property)
+    }
+    return model_type(**own)
+
+
+def _rope_settings(number: Callable[[str], Any], extra: Mapping[str, Tensor], kind: str) -> dict[str, Any] | None:
+    """Return transformers' rope_parameters."""
+    base = number(Keys.Rope.FREQ_BASE)
+    if base is None:
+        base = 10000.0
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base)}
+    head = number(Keys.Attention.KEY_LENGTH) or number(Keys.LLM.EMBEDDING_LENGTH) // number(Keys.Attention.HEAD_COUNT)
+    turned = number(Keys.Rope.DIMENSION_COUNT) or head
+    if turned != head:
+        rope["partial_rotary_factor"] = turned / head
+    scaling, factor = number(Keys.Rope.SCALING_TYPE), number(Keys.Rope.SCALING_FACTOR)
+    original = number(Keys.Rope.SCALING_ORIG_CTX_LEN)
+    if "rope_factors_long.weight" in extra:
+        rope |= {"rope_type": "longrope", "factor": number(Keys.LLM.CONTEXT_LENGTH) / original}
+        rope |= {f"{k}_factor": extra[f"rope_factors_{k}.weight"].tolist() for k in ("long", "short")}
+        rope["original_max_position_embeddings"] = original
+    elif "rope_freqs.weight" in extra:
+        rope |= _llama3_settings(rope, extra["rope_freqs.weight"], turned)
+    elif scaling in ("linear", "yarn"):
+        rope |= {"rope_type": scaling, "factor": float(factor)}
+        if original:
+            rope["original_max_position_embeddings"] = original
+    elif scaling not in (None, "none", "longrope"):
+        raise FormatError(f"rotary scaling of type {scaling!r} cannot be computed here")
+    if kind == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 10000.0}
+        return {"full_attention": rope, "sliding_attention": local}
+    return rope
+
+
+def _llama3_settings(rope: Mapping[str, Any], divisors: Tensor, turned: int) -> dict[str, Any]:
+    """Return the settings that give these divisors of the frequencies; the original context is a power of two."""
+    for power in range(4, 21):
+        settings = {
+            "rope_type": "llama3",
+            "factor": round(float(divisors.max()), 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2**power,
+        }
+        if torch.allclose(_llama3_factors({**rope, **settings}, turned), divisors, rtol=1e-4):
+            return settings
+    raise FormatError("rope_freqs.weight holds divisors that are not those of Llama 3, and cannot be computed here")
 
 
 def _entries(family: Family, config: Any, names: Mapping[str, tuple[int, ...]]) -> Iterable[Entry]:
@@ -207,6 +308,19 @@ def _falcon_kv_heads(config: Any) -> int:
     return 1 if config.multi_query else int(config.num_attention_heads)
 
 
+def _falcon_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    kv_heads = keys.get("attention.head_count_kv", 1)
+    grouped = "blk.0.attn_norm_2.weight" in names
+    return {
+        "alibi": False,
+        "bias": "blk.0.attn_qkv.bias" in names,
+        "multi_query": kv_heads == 1,
+        "new_decoder_architecture": grouped,
+        "num_kv_heads": kv_heads,
+        "ffn_hidden_size": keys.get("feed_forward_length"),
+    }
+
+
 def _falcon_keys(config: Any) -> dict[str, Any]:
     return {Keys.Attention.HEAD_COUNT_KV: _falcon_kv_heads(config), Keys.LLM.TENSOR_DATA_LAYOUT: "jploski"}
 
@@ -227,6 +341,14 @@ def _gemma2_keys(config: Any) -> dict[str, Any]:
     }
 
 
+def _gemma_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {
+        "query_pre_attn_scalar": keys.get("attention.key_length"),
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+    }
+
+
 def _check_gemma(config: Any) -> None:
     every = 2 if config.model_type == "gemma2" else 6
     wanted = [
@@ -241,6 +363,23 @@ def _check_gemma(config: Any) -> None:
         )
 
 
+def _phi3_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    original = keys.get("rope.scaling.original_context_length", keys.get("context_length"))
+    return {"original_max_position_embeddings": original}
+
+
+def _biases(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_up.bias" in names}
+
+
+def _neox_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {
+        "use_parallel_residual": keys.get("use_parallel_residual", True),
+        "layer_norm_eps": keys.get("attention.layer_norm_epsilon"),
+        "attention_bias": "blk.0.attn_qkv.bias" in names,
+    }
+
+
 def _neox_keys(config: Any) -> dict[str, Any]:
     return {Keys.LLM.USE_PARALLEL_RESIDUAL: config.use_parallel_residual}
 
@@ -250,15 +389,26 @@ ROTATED = {
     "self_attn.k_proj": _halves_to_pairs(lambda config: config.num_key_value_heads),
 }
 FAMILIES = {
-    "llama": Family("llama", ROTATED),
+    "llama": Family("llama", ROTATED, settings=_biases),
     "mistral": Family("llama", ROTATED),
     "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norms_plus_one=True, extra_keys=_gemma2_keys, check=_check_gemma),
-    "gemma3_text": Family("gemma3", norms_plus_one=True, extra_keys=_sliding, check=_check_gemma),
-    "phi3": Family("phi3", extra_keys=_sliding),
+    "qwen3": Family("qwen3", settings=_biases),
+    "gemma2": Family(
+        "gemma2", norms_plus_one=True, extra_keys=_gemma2_keys, settings=_gemma_settings, check=_check_gemma
+    ),
+    "gemma3_text": Family(
+        "gemma3", norms_plus_one=True, extra_keys=_sliding, settings=_gemma_settings, check=_check_gemma
+    ),
+    "phi3": Family("phi3", extra_keys=_sliding, settings=_phi3_settings),
     "gpt2": Family("gpt2"),
-    "gpt_neox": Family("gptneox", {"query_key_value": _thirds}, extra_keys=_neox_keys),
-    "falcon": Family("falcon", {"query_key_value": _grouped}, extra_keys=_falcon_keys, check=_check_falcon),
+    "gpt_neox": Family("gptneox", {"query_key_value": _thirds}, extra_keys=_neox_keys, settings=_neox_settings),
+    "falcon": Family(
+        "falcon",
+        {"query_key_value": _grouped},
+        extra_keys=_falcon_keys,
+        settings=_falcon_settings,
+        check=_check_falcon,
+    ),
     "bloom": Family("bloom", {"query_key_value": _thirds}),
 }
+"""transformers' model_type -> the family. The first of an architecture is what a file of it is read as."""

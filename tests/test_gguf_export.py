@@ -1,0 +1,142 @@
+"""From a model folder to a GGUF file and back, beside what llama.cpp makes of the file."""
+
+import gguf
+import pytest
+import torch
+import transformers as hf
+
+from llmquant import api, demo, evaluation, gguf_file, imatrix, recipe, run
+from llmquant.errors import FormatError, RecipeError
+from llmquant.packed import describe, open_model
+from llmquant.stream import Stream
+from tests.conftest import VOCABULARY
+from tests.test_gguf_families import CONFIGS
+
+TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4")
+
+
+def typed(**mixture):
+    return recipe.Recipe(name="x", mixture=mixture, formats=["gguf"])
+
+
+def resized(config):
+    """Return a configuration with room for the tests' tokenizer."""
+    config.vocab_size = VOCABULARY + 16
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, None
+    return config
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own about tiny configurations
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_float_file_of_every_family_reads_back_as_the_same_model(name, save_model, tmp_path):
+    model = save_model(tmp_path / "model", resized(CONFIGS[name]()))
+    run.quantize(model, typed(name="f32"), tmp_path / "out")
+    tokens = torch.randint(0, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for path in (model, tmp_path / "out"):
+        stream = Stream(open_model(path), torch.device("cpu"))
+        (hidden,) = stream.hidden(tokens)
+        logits.append(stream.finish(tokens, hidden))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def windows(texts):
+    return evaluation.read_windows(demo.MODEL, texts / "evaluation.txt", "llama.cpp", 3 * 512)
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_llama_cpp_and_our_decoding_have_one_perplexity(type_, windows, tmp_path):
+    run.quantize(demo.MODEL, recipe.Recipe(name="x", grid={"name": type_}, formats=["gguf"]), tmp_path / "out")
+    assert {
+        t.type for n, t in gguf_file.read(next((tmp_path / "out").glob("*.gguf"))).tensors.items() if "ffn_up" in n
+    } == {type_}
+    decoded = evaluation.evaluate(tmp_path / "out", windows)
+    runs = evaluation.evaluate(tmp_path / "out", windows, runtime="llama.cpp")
+    # llama.cpp rounds activations to 8 bits too
+    assert runs.perplexity == pytest.approx(decoded.perplexity, rel=0.005)
+
+
+def test_a_mixture_gives_the_types_of_the_plan(tmp_path):
+    planned = api.plan(demo.MODEL, "gguf-q4_k_m")
+    api.quantize(demo.MODEL, "gguf-q4_k_m", tmp_path / "out", evaluate=False)
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    assert path.name == "model-5.5M-Q4_K_M.gguf"
+    found = gguf_file.read(path)
+    types = {n: t.type for n, t in found.tensors.items()}
+    assert types["token_embd.weight"] == types["blk.2.ffn_down.weight"] == types["blk.5.attn_v.weight"] == "q6_k"
+    assert types["blk.0.attn_q.weight"] == types["blk.1.ffn_up.weight"] == "q4_k"
+    assert types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == "f32"
+    assert found.metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert planned.sizes["gguf"] == sum(t.bytes for t in found.tensors.values())
+    assert describe(tmp_path / "out")["metadata"] == found.metadata
+
+
+def test_types_may_be_set_one_by_one(tmp_path):
+    changes = [
+        "mixture.output=q8_0",
+        "mixture.overrides={attn_q: q5_1, 'blk.[01].ffn_up': q8_0}",
+        "rules=[{match: '*.3.mlp.up_proj', keep: true}]",
+    ]
+    api.quantize(demo.MODEL, "gguf-q3_k_m", tmp_path / "out", changes=changes, evaluate=False)
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    types = {n: t.type for n, t in gguf_file.read(path).tensors.items()}
+    assert types["token_embd.weight"] == "q8_0"
+    assert types["blk.4.attn_q.weight"] == "q5_1"
+    assert (types["blk.1.ffn_up.weight"], types["blk.2.ffn_up.weight"]) == ("q8_0", "q3_k")
+    assert types["blk.3.ffn_up.weight"] == "f16"
+
+
+def test_a_shape_that_no_block_divides_is_listed_before_any_work(save_model, tmp_path):
+    config = hf.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = save_model(tmp_path / "model", config)
+    notes = api.plan(model, "gguf-q4_k_m").notes
+    assert any("self_attn.q_proj: q5_0 for q4_k, whose blocks of 256 do not divide 96 columns" in n for n in notes)
+    assert any("mlp.down_proj: f16 for q" in n and "172 columns" in n for n in notes)
+    report, _ = run.quantize(model, recipe.load("gguf-q4_k_m"), tmp_path / "out")
+    assert report.notes == notes
+    assert open_model(tmp_path / "out").read("model.layers.0.mlp.down_proj.weight").shape == (96, 172)
+
+
+def test_gptq_on_a_mixture_diverges_less_than_rounding(texts, windows, tmp_path):
+    text = [f"calibration.path={texts / 'calibration.txt'}", "calibration.sequences=16", "calibration.length=256"]
+    reference = evaluation.Reference(demo.MODEL)
+    divergence = {}
+    for name, changes in (("gguf-q3_k_m", []), ("gptq-q3_k_m", text)):
+        run.quantize(demo.MODEL, recipe.load(name, changes), tmp_path / name)
+        divergence[name] = evaluation.evaluate(tmp_path / name, windows, reference).kld_mean
+    assert divergence["gptq-q3_k_m"] < 0.8 * divergence["gguf-q3_k_m"]
+
+
+def test_an_imatrix_that_was_written_is_importance_again(texts, windows, tmp_path):
+    path = api.imatrix(demo.MODEL, texts / "calibration.txt", tmp_path / "im.gguf", sequences=16, length=256)
+    known = imatrix.read(path)
+    assert len(known.entries) == 6 * 7
+    assert (known.chunk_count, known.chunk_size) == (16, 256)
+    reference = evaluation.Reference(demo.MODEL)
+    divergence = []
+    for i, changes in enumerate(([], [f"imatrix={path}"])):
+        run.quantize(demo.MODEL, recipe.load("gguf-q3_k_s", changes), tmp_path / str(i))
+        divergence.append(evaluation.evaluate(tmp_path / str(i), windows, reference).kld_mean)
+    assert divergence[1] < divergence[0]
+    metadata = describe(tmp_path / "1")["metadata"]
+    assert metadata["quantize.imatrix.entries_count"] == 42
+    assert metadata["quantize.imatrix.dataset"] == "calibration.txt"
+    with pytest.raises(RecipeError, match="the algorithm needs more than an imatrix tells"):
+        api.plan(demo.MODEL, "gptq-q4_k_m", changes=[f"imatrix={path}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "message"),
+    [
+        ("gguf-q4_k_m", ["mixture.name=q4_k_n"], RecipeError, r"'q4_k_n' is not a mixture .* Did you mean 'Q4_K_S'"),
+        ("gguf-q4_k_m", ["mixture.output=q7_0"], RecipeError, "'q7_0' is not a GGUF type"),
+        ("gguf-q4_k_m", ["formats=[gptq]"], FormatError, "a gptq file has no mixtures"),
+        ("rtn-w4g128", ["formats=[gguf]"], FormatError, "a gguf file has no type for the grid Affine"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(name, changes, error, message):
+    with pytest.raises(error, match=message):
+        api.plan(demo.MODEL, name, changes=changes)
