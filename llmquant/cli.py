@@ -106,6 +106,9 @@ def quantize(
     text: Text = None,
     protocol: ProtocolName = "llama.cpp",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    split: Annotated[
+        str | None, typer.Option("--split-max-size", help="Write numbered files of at most this size, e.g. 5GB.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in a used work folder.")] = False,
     trust: Trust = False,
     facts: Facts = None,
@@ -121,7 +124,7 @@ def quantize(
             model,
             recipe,
             folder,
-            changes=_with(changes, formats, pure, tensor_types),
+            changes=[*_with(changes, formats, pure, tensor_types), *([f"max_shard_size={split}"] if split else [])],
             work=work,
             device=device,
             text=text,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from llmquant import plugins, recipe
-from llmquant.checkpoint import INDEX, Checkpoint, check_output, write_json, write_shards
+from llmquant.checkpoint import INDEX, SHARD_BYTES, Checkpoint, check_output, write_json, write_shards
 from llmquant.errors import FormatError, OutputError
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear, Plan
@@ -100,7 +101,9 @@ def _write_folder(
     tell: Callable[[int, int], None],
 ) -> int:
     """Write a model folder like the float one, and return the size of its weights."""
-    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell))
+    asked = plan.recipe.shard_bytes
+    limit = SHARD_BYTES if asked is None else asked or sys.maxsize
+    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell), limit)
     config = dict(checkpoint.config)
     grids = {name: linear.grid for name, linear in plan.quantized.items()}
     settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))

@@ -86,6 +86,7 @@ class Recipe(BaseModel):
         Off: it sees that of the layers before it.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
+    max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,12 +104,24 @@ class Recipe(BaseModel):
     true_sequential: bool = True
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
+    max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """``max_shard_size`` in bytes, 0 for "none"; None where the recipe leaves it to the format."""
+        if self.max_shard_size is None or self.max_shard_size.lower() == "none":
+            return None if self.max_shard_size is None else 0
+        size = re.fullmatch(r"([1-9][0-9]*) *([kmgt]?)b?", self.max_shard_size.lower())
+        if size is None:
+            raise RecipeError(f"max_shard_size: {self.max_shard_size!r} is not a size such as 5GB, 500MB or none")
+        return int(size[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}[size[2]]
 
     def model_post_init(self, context: Any) -> None:
         if (self.grid is None) == (self.mixture is None):
             raise RecipeError(
                 "grid: a recipe needs a grid, or else a mixture; this one has " + ("both" if self.grid else "neither")
             )
+        self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
         for i, rule in enumerate(self.rules):
             for pattern in rule.patterns:

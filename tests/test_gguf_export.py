@@ -100,6 +100,28 @@ def test_a_shape_that_no_block_divides_is_listed_before_any_work(save_model, tmp
     assert open_model(tmp_path / "out").read("model.layers.0.mlp.down_proj.weight").shape == (96, 172)
 
 
+def test_shards_are_written_and_read_as_one_model(tmp_path, windows):
+    run.quantize(demo.MODEL, recipe.load("gguf-q4_0"), tmp_path / "whole")
+    run.quantize(demo.MODEL, recipe.load("gguf-q4_0", ["max_shard_size=1MB"]), tmp_path / "shards")
+    files = sorted(p.name for p in (tmp_path / "shards").glob("*.gguf"))
+    assert files[0].endswith(f"-00001-of-{len(files):05}.gguf")
+    assert len(files) >= 3
+    (path,) = (tmp_path / "whole").glob("*.gguf")
+    one, many = gguf_file.read(path), gguf_file.read(tmp_path / "shards" / files[0])
+    assert {n: t.read().numpy().tobytes() for n, t in one.tensors.items()} == {
+        n: t.read().numpy().tobytes() for n, t in many.tensors.items()
+    }
+    runs = [evaluation.evaluate(tmp_path / p, windows, runtime="llama.cpp").perplexity for p in ("whole", "shards")]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("123", 123), ("none", 0)])
+def test_the_size_of_a_shard_is_read_with_its_unit(text, size):
+    assert recipe.load("gguf-q4_0", [f"max_shard_size={text}"]).shard_bytes == size
+    with pytest.raises(RecipeError, match="is not a size such as 5GB"):
+        recipe.load("gguf-q4_0", ["max_shard_size=5 apples"])
+
+
 def test_gptq_on_a_mixture_diverges_less_than_rounding(texts, windows, tmp_path):
     text = [f"calibration.path={texts / 'calibration.txt'}", "calibration.sequences=16", "calibration.length=256"]
     reference = evaluation.Reference(demo.MODEL)

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmquant import api
+from llmquant import api, recipe
 from llmquant.checkpoint import check_output
 from llmquant.demo import text
 from llmquant.evaluation import Row
 from llmquant.run import Progress, silent
 
 MODEL = Path(__file__).parent / "model"
-RECIPES = ("rtn-w4g128", "gptq-w4g128", "gptq-w3g128")
+RECIPES = {
+    "rtn-w4g128": ["gptq", "compressed_tensors"],
+    "gptq-w4g128": ["gptq", "compressed_tensors"],
+    "gptq-w3g128": ["gptq", "compressed_tensors"],
+    "gptq-q4_k_m": ["gguf"],
+}
+"""The recipes that are compared, and the formats that each is written in."""
 EVALUATION_TOKENS = 40 * 512
 
 
@@ -39,10 +45,8 @@ def run(out: Path | None = None, progress: Progress = silent) -> tuple[list[Row]
         f"calibration.path={calibration}",
         "calibration.sequences=64",
         "calibration.length=512",
-        "formats=[gptq, compressed_tensors]",
     ]
-    rows = api.compare(
-        MODEL, RECIPES, out, changes=changes, text=evaluation, max_tokens=EVALUATION_TOKENS, progress=progress
-    )
+    recipes = [recipe.load(name, [*changes, f"formats=[{', '.join(formats)}]"]) for name, formats in RECIPES.items()]
+    rows = api.compare(MODEL, recipes, out, text=evaluation, max_tokens=EVALUATION_TOKENS, progress=progress)
     texts.rename(out / "text")
     return rows, out

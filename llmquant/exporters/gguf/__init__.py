@@ -162,7 +162,7 @@ def write(
     name = naming_convention(
         metadata.get(Keys.General.BASENAME), None, None, None, metadata[Keys.General.SIZE_LABEL], _file_type_name(plan)
     )
-    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data())
+    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
     return sum(path.stat().st_size for path in files)
 
 
