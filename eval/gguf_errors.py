@@ -23,10 +23,8 @@ from llmquant import api, gguf_file, imatrix
 from llmquant.recipe import Recipe
 from llmquant.report import markdown
 
-TYPES = {
-    **{name: name.upper() for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q6_k", "iq4_nl", "iq4_xs")},
-    **{"q2_k": "Q2_K", "q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S"},
-}
+PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q6_k", "iq4_nl", "iq4_xs", "q2_k")
+TYPES = {name: name.upper() for name in PLAIN} | {name: f"{name.upper()}_S" for name in ("q3_k", "q4_k", "q5_k")}
 
 
 def errors(path: Path, truth: dict[str, torch.Tensor], weight: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -68,3 +69,24 @@ def join_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
     """Return the 4-bit codes of bytes: the inverse of ``join_nibbles``."""
     return torch.cat([raw & 15, raw >> 4], dim=-1)
+
+
+def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (unit, integers) with value [n, k] nearest to unit * integer, integers in low ... high, unit [n, 1] float16.
+
+    tops: integers that the value of largest magnitude may become.
+    """
+    largest = value.gather(1, value.abs().argmax(1, keepdim=True))
+    best: tuple[torch.Tensor, ...] | None = None
+    for top in tops:
+        unit = to_half(largest / top)
+        whole = torch.where(unit == 0, 0.0, value / unit).round().clamp(low, high)
+        error = (unit.to(value.dtype) * whole - value).square().sum(1, keepdim=True)
+        trial = (error, unit, whole)
+        best = (
+            trial
+            if best is None
+            else tuple(torch.where(error < best[0], a, b) for a, b in zip(trial, best, strict=True))
+        )
+    assert best is not None
+    return best[1], best[2]

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmquant.blocks import to_half
+from llmquant.blocks import in_units, to_half
 from llmquant.grid import Params
 
 STARTS_2_BITS = ((4, 2), (3, 3), (0, 4), (1, 3), (3, -1), (0, 6), (1, 0), (6, 1))
@@ -139,13 +139,9 @@ def store_super_block(scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n
     The scales of a super-block share a sign, and so do its offsets: what has not
     the sign of the largest becomes 0.
     """
-    d, dmin = (_half_above(_largest(value) / sub_top) for value in (scale, -offset))
-    return {
-        "d": to_half(d),
-        "dmin": to_half(dmin),
-        "scale": _whole(scale, d, sub_top).to(torch.uint8),
-        "minimum": _whole(-offset, dmin, sub_top).to(torch.uint8),
-    }
+    tops = range(sub_top, sub_top // 2, -1)
+    (d, s), (dmin, m) = (in_units(value, tops, 0, sub_top) for value in (scale, -offset))
+    return {"d": d, "dmin": dmin, "scale": s.to(torch.uint8), "minimum": m.to(torch.uint8)}
 
 
 def super_block_levels(params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
@@ -236,11 +232,6 @@ def _least(candidates: Iterable[tuple[T, Tensor]]) -> T:
 
 def _whole(value: Tensor, unit: Tensor, top: int) -> Tensor:
     return torch.where(unit == 0, 0.0, value / unit).round().clamp(0, top)
-
-
-def _largest(value: Tensor) -> Tensor:
-    """Return the value of largest magnitude in each row, with its sign."""
-    return value.gather(1, value.abs().argmax(1, keepdim=True))
 
 
 def _half(value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmquant.blocks import to_half
+from llmquant.blocks import in_units, to_half
 from llmquant.grid import Params
 
 LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
@@ -99,9 +99,8 @@ def fit_super_block(
 
 def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
     """Return the parameters nearest to wished-for scales, named as in ``fit_super_block``."""
-    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    d = _half_above(largest / lowest)
-    return {"d": to_half(d), "scale": _whole(scale, d, lowest).to(torch.int8)}
+    d, whole = in_units(scale, range(lowest, lowest // 2), lowest, -lowest - 1)
+    return {"d": d, "scale": whole.to(torch.int8)}
 
 
 def super_block_levels(params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:

@@ -54,7 +54,8 @@ class Q2_K(Block):  # noqa: N801
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
         # The least squares of so few levels shrinks all weights towards zero, which errs in one direction. That large
         # weights count for more (as in ggml-quants.c) keeps them in place: less divergence with and without feedback.
-        size = (w.square().mean(1, keepdim=True) + w.square()).sqrt()
+        square = w.clamp(-1e9, 1e9).square()  # no larger weight can be held
+        size = (square.mean(1, keepdim=True) + square).sqrt()
         return offset_search.fit_super_block(w, importance * size, groups=16, top=3, sub_top=15)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
