@@ -86,7 +86,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     columns = ("model", "type", "plain: mean", "plain: worst matrix", "imatrix: mean", "imatrix: worst matrix")
     lines = [
-        "# Weighted squared error of the GGUF types, over that of llama-quantize (below 1: nearer to the float weights)",
+        "# Weighted squared error of the GGUF types, over that of llama-quantize (below 1: nearer to the float)",
         "",
         f"Commit {commit.stdout.strip()}; imatrix of {args.sequences} sequences of 512 tokens.",
         "",
