@@ -72,9 +72,9 @@ def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
 
 
 def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (unit, integers) with value [n, k] nearest to unit * integer, integers in low ... high, unit [n, 1] float16.
+    """Return (unit, integers) with value [n, k] nearest to unit * integer.
 
-    tops: integers that the value of largest magnitude may become.
+    unit: float16 [n, 1]. Integers are in low ... high. tops: integers that the value of largest magnitude may become.
     """
     largest = value.gather(1, value.abs().argmax(1, keepdim=True))
     best: tuple[torch.Tensor, ...] | None = None

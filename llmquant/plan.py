@@ -17,6 +17,7 @@ from llmquant.models.spec import ModelSpec, Site
 from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs
 
+PIECE = 1 << 24  # weights that are quantized together where nothing else limits them
 RUNTIME_BYTES = 500_000_000  # Python, torch and transformers before any model
 
 
@@ -298,7 +299,8 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int) -> int:
     outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
     largest = max(sum(x.weights for x in layer) for layer in per_layer)
     if plan.needs == "nothing":
-        return RUNTIME_BYTES + 4 * 4 * max(x.weights for x in plan.linears)
+        most = max(x.weights for x in plan.linears)
+        return RUNTIME_BYTES + 8 * 4 * min(most, PIECE) + most  # some copies of a piece, and one tensor's output
     activations = 2 * 4 * tokens * hidden
     sites: Sequence[int] = [_site_cols(plan, site) for site in plan.spec.sites]
     hessians = sum(4 * c * c for c in sites) if plan.needs == "hessian" else 0

@@ -26,8 +26,6 @@ from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
 
-PIECE = 1 << 24  # weights that are quantized together where nothing else limits them
-
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
@@ -126,7 +124,7 @@ def quantize(
     out = Path(out)
     check_output(out)
     checkpoint = load_float(model)
-    stream = Stream(checkpoint, device_of(device), trust_remote_code)
+    stream = Stream(checkpoint, device_of(device), trust_remote_code, weights=False)
     plan = planning.make(
         recipe_,
         stream.spec,
@@ -142,6 +140,7 @@ def quantize(
         assert recipe_.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
+        stream.load()
     direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
@@ -297,7 +296,7 @@ class Direct:
     def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
         """Yield a linear some rows at a time, in order."""
         assert linear.grid is not None
-        step = linear.rows if linear.grid.per_tensor else max(PIECE // linear.cols, 1)
+        step = linear.rows if linear.grid.per_tensor else max(planning.PIECE // linear.cols, 1)
         errors: list[tuple[int, dict[str, Any]]] = []
         for start in range(0, linear.rows, step):
             stop = min(start + step, linear.rows)

@@ -43,7 +43,7 @@ class Stream:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True
     ) -> None:
-        """Build the model without its layers' weights, or with ``weights`` False without any (to ask for its shape)."""
+        """Build the model without its layers' weights; with ``weights`` False without any, until ``load``."""
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
@@ -56,9 +56,12 @@ class Stream:
         self.model.eval().requires_grad_(False)
         self._layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
+        if weights:
+            self.load()
+
+    def load(self) -> None:
+        """Load everything outside the decoder layers."""
         outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{self.spec.layers}.")]
-        if not weights:
-            return
         for name in outside:
             if not (self.tied and name == f"{self.spec.head}.weight"):
                 self._materialise(self.model, "", name)
