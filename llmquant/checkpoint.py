@@ -69,7 +69,6 @@ class Checkpoint:
         self.folder = self.path = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", "a model folder holds one")
         self.infos: dict[str, TensorInfo] = {}
-        self._open: dict[str, Any] = {}
         for file in self._files():
             for name, info in _header(folder / file).items():
                 self.infos[name] = info
@@ -121,10 +120,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: has no tensor {name}")
         file, key = self.infos[name].file, self.infos[name].key
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, "pt")
-            opened = self._open[file]
-            tensor: Tensor = opened.get_slice(key)[slice(*rows)] if rows else opened.get_tensor(key)
+            # opened anew each time: an open file stays mapped, and what was read of it counts as this process's memory
+            with safe_open(self.folder / file, "pt") as opened:
+                tensor: Tensor = opened.get_slice(key)[slice(*rows)] if rows else opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
         return tensor
