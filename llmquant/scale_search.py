@@ -4,10 +4,15 @@
 
 Rounding weights at one scale gives codes, and with the codes held the error is a
 quadratic in the scale, whose minimum costs nothing more. So a group is rounded at
-a few starts and the start with the best refit wins. A super-block's sub-scales are
-integers: its factor d and they are chosen on the groups' quadratics, rounded once
-more, refitted and, if that is better, kept. Scales may be negative: the format's
-one level more on the negative side then serves whichever sign is the larger.
+a few starts, the start with the best refit wins, and its weights are rounded once
+more at that refit. A super-block's sub-scales are integers: they and their factor
+d are chosen on the groups' quadratics, the weights rounded at them, d refitted.
+Scales may be negative: the format's one level more on the negative side then
+serves whichever sign is the larger.
+
+A format's starts were chosen greedily, each for the least mean error after the
+refit beside those before it, on weights of two small trained models (with and
+without importance), Gaussian and Laplace noise.
 """
 
 from __future__ import annotations
@@ -25,27 +30,28 @@ from llmquant.grid import Params
 LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
 FAR = 1e9  # larger weights would only overflow the sums: no float16 factor reaches them
 CHUNK = 2**20  # weights searched at once
-SPARE = (0, 1, 2, 4)  # the largest sub-scale may be stored as the largest integer less one of these
+SPARE = range(8)  # the largest sub-scale may be stored as the largest integer less one of these
 
 
 class Rounding(NamedTuple):
     """Groups rounded to their nearest levels, [..., 1] each: the scale, and sums over the group.
 
-    In their names w is the importance, x the weight and t the level it was rounded to.
+    In their names w is the importance, e the error of a weight and t its level.
     """
 
     scale: Tensor
-    wxx: Tensor
-    wxt: Tensor
+    wee: Tensor
+    wet: Tensor
     wtt: Tensor
 
     def best_scale(self) -> Tensor:
         """Return the scale with the least error for these codes (0 where all levels are 0)."""
-        return torch.where(self.wtt > 0, self.wxt / self.wtt, 0.0)
+        return torch.where(self.wtt > 0, self.scale + self.wet / self.wtt, 0.0)
 
     def error_at(self, scale: Tensor) -> Tensor:
         """Return sum(importance * error²) of these codes at another scale."""
-        return self.wxx - 2 * scale * self.wxt + scale * scale * self.wtt
+        change = scale - self.scale
+        return self.wee - 2 * change * self.wet + change * change * self.wtt
 
 
 def fit_group(
@@ -81,17 +87,9 @@ def fit_super_block(
     def fit(x: Tensor, weight: Tensor) -> Params:
         x, weight = (value.reshape(len(value), groups, -1) for value in (x, weight))
         levels = table.to(x)
-        rounding = _search(x, weight, levels, starts)
-        d, scale = _integers(rounding, lowest)
-        best = _round(x, weight, d * scale, levels)
-        for _ in range(2):
-            # with codes and integers held, then with codes and d held, each once more
-            d2 = _half(_share(_total(scale * best.wxt), _total(scale * scale * best.wtt)))
-            scale2 = _whole(best.best_scale(), d2, lowest)
-            again = _round(x, weight, d2 * scale2, levels)
-            better = _total(again.error_at(again.scale)) < _total(best.error_at(best.scale))
-            d, scale = torch.where(better, d2, d), torch.where(better, scale2, scale)
-            best = Rounding(*(torch.where(better, new, old) for new, old in zip(again, best, strict=True)))
+        d, scale = _integers(_search(x, weight, levels, starts), lowest)
+        rounding = _round(x, weight, d * scale, levels)
+        d = d + _share((scale * rounding.wet).sum(1, keepdim=True), (scale * scale * rounding.wtt).sum(1, keepdim=True))
         return {"d": to_half(d)[:, :, 0], "scale": scale[:, :, 0].to(torch.int8)}
 
     return _in_chunks(fit, w, importance)
@@ -129,8 +127,9 @@ def _search(x: Tensor, weight: Tensor, table: Tensor, starts: Sequence[float]) -
 
 def _round(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
     level = nearest_level(x * torch.where(scale == 0, 0.0, 1 / scale), table)
-    wt, wx = weight * level, weight * x
-    return Rounding(scale, *(value.sum(-1, keepdim=True) for value in (wx * x, wx * level, wt * level)))
+    error = x - scale * level
+    we, wt = weight * error, weight * level
+    return Rounding(scale, *(value.sum(-1, keepdim=True) for value in (we * error, we * level, wt * level)))
 
 
 def _integers(rounding: Rounding, lowest: int) -> tuple[Tensor, Tensor]:
@@ -141,16 +140,12 @@ def _integers(rounding: Rounding, lowest: int) -> tuple[Tensor, Tensor]:
     for spare in SPARE:
         d = _half_above(largest / (lowest + spare))
         scale = _whole(wished, d, lowest)
-        tries.append((_total(rounding.error_at(d * scale)), d, scale))
+        tries.append((rounding.error_at(d * scale).sum(1, keepdim=True), d, scale))
     error, d, scale = tries[0]
     for other, d2, scale2 in tries[1:]:
         better = other < error
         error, d, scale = (torch.where(better, new, old) for new, old in ((other, error), (d2, d), (scale2, scale)))
     return d, scale
-
-
-def _total(value: Tensor) -> Tensor:
-    return value.sum(1, keepdim=True)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
