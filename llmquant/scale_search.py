@@ -68,7 +68,7 @@ def fit_group(
     def fit(x: Tensor, weight: Tensor) -> Params:
         return {"d": to_half(_search(x, weight, table.to(x), starts).best_scale())}
 
-    return _in_chunks(fit, w, importance)
+    return in_chunks(fit, w, importance)
 
 
 def fit_super_block(
@@ -92,7 +92,7 @@ def fit_super_block(
         d = d + _share((scale * rounding.wet).sum(1, keepdim=True), (scale * scale * rounding.wtt).sum(1, keepdim=True))
         return {"d": to_half(d)[:, :, 0], "scale": scale[:, :, 0].to(torch.int8)}
 
-    return _in_chunks(fit, w, importance)
+    return in_chunks(fit, w, importance)
 
 
 def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
@@ -103,8 +103,12 @@ def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
 
 def super_block_levels(params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
     """Return (scale, offset) of every group in float32, as decoders compute them."""
-    scale = params["d"].float() * params["scale"].float()
-    return scale, torch.zeros_like(scale)
+    return without_offset(params["d"].float() * params["scale"].float())
+
+
+def without_offset(scale: Float[Tensor, "*b groups"]) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
+    """Return (scale, offset) with an offset that leaves every float as it is, which +0 would not: -0 + 0 = +0."""
+    return scale, torch.full_like(scale, -0.0)
 
 
 def nearest_level(x: Tensor, table: Tensor) -> Tensor:
@@ -126,8 +130,9 @@ def _search(x: Tensor, weight: Tensor, table: Tensor, starts: Sequence[float]) -
 
 
 def _round(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
-    level = nearest_level(x * torch.where(scale == 0, 0.0, 1 / scale), table)
-    error = x - scale * level
+    inverse = (1 / scale).nan_to_num(posinf=0.0, neginf=0.0)  # a scale of 0, or too small to be stored
+    level = nearest_level(x * inverse, table)
+    error = torch.addcmul(x, scale, level, value=-1)
     we, wt = weight * error, weight * level
     return Rounding(scale, *(value.sum(-1, keepdim=True) for value in (we * error, we * level, wt * level)))
 
@@ -165,12 +170,20 @@ def _half_above(value: Tensor) -> Tensor:
     return _half(value + value * 2**-11 + value.sign() * 2**-25)
 
 
-def _in_chunks(fit: Callable[[Tensor, Tensor], Params], w: Tensor, importance: Tensor) -> Params:
-    """Fit a bounded number of rows at once, with importances as shares of the largest in the row."""
+def in_chunks(
+    fit: Callable[[Tensor, Tensor], Params],
+    w: Float[Tensor, "n size"],
+    importance: Float[Tensor, "n size"],
+    reach: float = FAR,
+) -> Params:
+    """Fit a bounded number of rows at once, with importances as shares of the largest in the row.
+
+    reach: larger weights are cut to this.
+    """
     rows = max(CHUNK // w.shape[1], 1)
     parts = []
     for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
         largest = weight.amax(1, keepdim=True)
         share = torch.where(largest > 0, weight / largest, 1.0).clamp(min=LEAST_WEIGHT)
-        parts.append(fit(x.clamp(-FAR, FAR), share.to(x.dtype)))
+        parts.append(fit(x.clamp(-reach, reach), share.to(x.dtype)))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

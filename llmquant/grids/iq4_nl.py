@@ -23,7 +23,7 @@ from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbl
 from llmquant.grid import Params
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-STARTS = (-127.0, 113.0, -120.0, -115.0, -104.0, -135.0, 105.0, 95.0, -95.0, 120.0)
+STARTS = (-129.0, 114.0, -138.0, -122.0, -109.0, 122.0, 109.0, -133.0, -103.0)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class IQ4_NL(Block):  # noqa: N801
         return {"d": to_half(scale)}
 
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
-        scale = params["d"].float()
-        return scale, torch.zeros_like(scale)
+        return scale_search.without_offset(params["d"].float())
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         return torch.cat([half_bytes(params["d"]), join_nibbles(codes)], dim=1)

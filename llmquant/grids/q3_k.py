@@ -27,7 +27,7 @@ from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbl
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
-STARTS = (-4.0, 3.0, -3.5, -4.5, -3.0, -5.0, 3.5, -2.5, 2.5, -6.0)
+STARTS = (-4.25, -3.25, -3.75, -4.75, -4.0, -3.0, -5.5, 4.25)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llmquant import scale_search
 from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
 from llmquant.grid import Params
 
-STARTS = (-8.0, 7.0, -7.5, -8.5, -7.0, -6.5, 6.5, -9.0)
+STARTS = (-8.25, -7.75, -8.75, -7.25, -8.0, -7.0, -8.5, -9.25)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Q4_0(Block):  # noqa: N801
         return {"d": to_half(scale)}
 
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
-        scale = params["d"].float()
-        return scale, torch.zeros_like(scale)
+        return scale_search.without_offset(params["d"].float())
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         return torch.cat([half_bytes(params["d"]), join_nibbles(codes)], dim=1)

@@ -23,7 +23,7 @@ from llmquant import scale_search
 from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
 from llmquant.grid import Params
 
-STARTS = (-16.0, 15.0, -15.5, -16.5, -15.0, -14.5, 14.5, -17.0)
+STARTS = (-16.0, -15.0, -16.5, -14.0, -15.75, -16.25)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Q5_0(Block):  # noqa: N801
         return {"d": to_half(scale)}
 
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
-        scale = params["d"].float()
-        return scale, torch.zeros_like(scale)
+        return scale_search.without_offset(params["d"].float())
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         high = ((codes >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(

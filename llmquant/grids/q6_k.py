@@ -26,7 +26,7 @@ from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbl
 from llmquant.grid import Params
 from llmquant.grids import q8_0
 
-STARTS = (-32.0, 31.0, -31.5, -32.5, -31.0, -30.5, 30.5, -33.0)
+STARTS = (-32.0, -31.0, -30.0, -29.0, -28.0, -32.5)
 
 
 @dataclass(frozen=True)

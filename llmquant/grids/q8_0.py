@@ -22,7 +22,7 @@ from llmquant import scale_search
 from llmquant.blocks import Block, half_bytes, halves, to_half
 from llmquant.grid import Params
 
-STARTS = (-128.0, 127.0, -127.0, -127.5, -128.5, -126.5)
+STARTS = (-128.0, -126.0, -127.0, -125.0, -124.0, -123.0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Q8_0(Block):  # noqa: N801
         return {"d": to_half(scale)}
 
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
-        scale = params["d"].float()
-        return scale, torch.zeros_like(scale)
+        return scale_search.without_offset(params["d"].float())
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         return torch.cat([half_bytes(params["d"]), codes ^ 128], dim=1)  # ^ 128: minus 128 in two's complement
