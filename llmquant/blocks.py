@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 
 from llmquant.errors import ShapeError
+from llmquant.grid import Params
+
+LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
+CHUNK = 2**20  # weights searched at once
 
 
 class Block:
@@ -50,6 +55,13 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-top, top).to(torch.float16)
 
 
+def half_above(x: torch.Tensor) -> torch.Tensor:
+    """Round away from zero to float16: a tiny factor does not become 0, and the largest integer is enough."""
+    nearest = to_half(x)
+    short = nearest.to(x.dtype).abs() < x.abs().clamp(max=torch.finfo(torch.float16).max)
+    return torch.where(short, (nearest.view(torch.int16) + 1).view(torch.float16), nearest)
+
+
 def half_bytes(x: torch.Tensor) -> torch.Tensor:
     """Return float16 values [n, k] as bytes [n, 2k]."""
     return x.contiguous().view(torch.uint8)
@@ -90,3 +102,23 @@ def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> t
         )
     assert best is not None
     return best[1], best[2]
+
+
+def in_chunks(
+    fit: Callable[[torch.Tensor, torch.Tensor], Params],
+    w: Float[torch.Tensor, "n size"],
+    importance: Float[torch.Tensor, "n size"],
+    reach: float,
+) -> Params:
+    """Fit a bounded number of rows at once, with importances as shares of the largest in the row.
+
+    reach: larger weights are cut to this.
+    """
+    rows = max(CHUNK // w.shape[1], 1)
+    parts = []
+    for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
+        largest = weight.amax(1, keepdim=True)
+        share = (weight / torch.where(largest > 0, largest, 1.0)).clamp_(min=LEAST_WEIGHT)
+        far = max(x.aminmax(), key=abs).abs() > reach
+        parts.append(fit(x.clamp(-reach, reach) if far else x, share.to(x.dtype)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

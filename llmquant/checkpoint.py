@@ -53,11 +53,9 @@ class Checkpoint:
     """A model folder. ``infos`` lists every tensor; ``read`` returns one.
 
     path: the folder, or the one file that holds everything.
-    gguf_file: the name of that file, if it is a GGUF file.
     model_config: the transformers configuration, where it is not in config.json.
     """
 
-    gguf_file: str | None = None
     model_config: Any = None
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +145,7 @@ class Checkpoint:
 
 def check_finite(tensor: Tensor, where: str) -> None:
     """Raise CheckpointError when a tensor holds NaN or infinite values."""
-    if not torch.isfinite(tensor).all():
+    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():  # a sum is quick
         raise CheckpointError(
             f"{where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite. The file is damaged, "
             "or training diverged; nothing useful can be made of it."
@@ -155,13 +153,15 @@ def check_finite(tensor: Tensor, where: str) -> None:
 
 
 def locate(model: str | Path) -> Path:
-    """Return the local folder of a model, downloading a hub id's safetensors, configuration and tokenizer files."""
+    """Return the local folder of a model, downloading a hub id's safetensors, configuration, tokenizer and card."""
     path = Path(model)
     if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).splitlines()[0]

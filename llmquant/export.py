@@ -3,7 +3,8 @@
 An exporter module packs one linear (``pack``), describes all of them
 (``quantization_config``) and decodes one (``unpack``); the folder around them is
 written here: shards, config.json, the tokenizer's files byte for byte, the recipe.
-One whose format is a file of its own writes that itself (``write``).
+One whose format is a file of its own writes that itself (``write``), the tokenizer
+included (``check_tokenizer``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +37,8 @@ class Source(Protocol):
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear."""
 
-    def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
-        """Yield a linear in pieces of some rows, in order."""
+    def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
+        """Yield a linear in pieces of some rows, in order, packed."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class Written:
 
     bytes: int
     hashes: dict[str, str]
+
+
+def check_tokenizer(formats: Iterable[str], tokenizer: Any, config: Any) -> None:
+    """Raise FormatError when a format stores the tokenizer, and cannot store this one.
+
+    config: the model's transformers configuration.
+    """
+    for name in formats:
+        exporter = plugins.load("exporters", name, "format")
+        if hasattr(exporter, "check_tokenizer"):
+            exporter.check_tokenizer(tokenizer, config)
 
 
 def write(

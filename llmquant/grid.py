@@ -31,6 +31,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from llmquant import kernels
+from llmquant.kernels import grid as kernel
+
 Params = dict[str, Tensor]
 """What a format stores beside the codes, e.g. {"scale": ..., "zero": ...}; each [rows, spans, k]."""
 
@@ -121,7 +124,8 @@ def encode(
     offset: Float[Tensor, "*shape"],
 ) -> UInt8[Tensor, "*shape"]:
     """Return the code of the level nearest to each weight."""
-    return nearest(grid.table.to(w.device, w.dtype), w, scale, offset)
+    find = kernel.nearest if kernels.suit(w) else nearest
+    return find(grid.table.to(w.device, w.dtype), w, scale, offset)
 
 
 def decode(
@@ -131,7 +135,10 @@ def decode(
     offset: Float[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape"]:
     """Return the weights that the codes stand for."""
-    return scale * grid.table.to(scale.device)[codes.long()] + offset
+    table = grid.table.to(scale.device)
+    if kernels.suit(scale):
+        return kernel.decode(table, codes, scale, offset)
+    return scale * table[codes.long()] + offset
 
 
 def fit_all(grid: Grid, w: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"]) -> Params:

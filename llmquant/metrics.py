@@ -103,7 +103,7 @@ def output_error(
     """
 
     def power(of: Tensor) -> Tensor:
-        return (of.square() * hessian).sum() if hessian.ndim == 1 else ((of @ hessian) * of).sum()
+        return (of.square() @ hessian).sum() if hessian.ndim == 1 else ((of @ hessian) * of).sum()
 
     return float(power(delta) / power(w).clamp(min=1e-30))
 

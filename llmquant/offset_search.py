@@ -13,16 +13,17 @@ Each weight is rounded 9 times for a group, 11 times for a super-block.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmquant.blocks import in_units, to_half
+from llmquant import kernels
+from llmquant.blocks import half_above, in_chunks, in_units, to_half
 from llmquant.grid import Params
+from llmquant.kernels import offset_search as kernel
 
 STARTS_2_BITS = ((4, 2), (3, 3), (0, 4), (1, 3), (3, -1), (0, 6), (1, 0), (6, 1))
 STARTS = ((-1, 0), (-7, 0), (2, 0), (-1, 3), (4, -1), (-8, -8), (-1, -7), (2, 3))
@@ -31,11 +32,9 @@ STARTS = ((-1, 0), (-7, 0), (2, 0), (-1, 3), (4, -1), (-8, -8), (-1, -7), (2, 3)
 Chosen greedily, for the least mean error after the refit, on weights of two
 small trained models (with and without importance), Gaussian and Laplace noise.
 """
-SPARE = (0, 1, 2, 3)  # the largest sub-scale of a super-block may be stored as the largest integer minus one of these
-LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
+SPARE = 4  # the largest sub-scale of a super-block may be stored as so many different integers, from the largest
 SINGULAR = 1e-5  # a float32 determinant below this share of its terms is noise
 LARGEST = torch.finfo(torch.float16).max
-CHUNK = 2**20  # weights searched at once
 
 
 class Rounding(NamedTuple):
@@ -96,11 +95,11 @@ def fit_group(w: Float[Tensor, "n size"], importance: Float[Tensor, "n size"], t
     """Return {"d": scale, "m": offset} of every row, float16 [n, 1]."""
 
     def fit(x: Tensor, weight: Tensor) -> Params:
-        rounding = _search(x, weight, top, most=torch.inf)
+        rounding = best_rounded(x, weight, top, most=torch.inf)
         d = to_half(rounding.best()[0])
         return {"d": d, "m": to_half(rounding.best_offset(d.to(x.dtype)))}
 
-    return _in_chunks(fit, w, importance, reach=LARGEST)
+    return in_chunks(fit, w, importance, reach=LARGEST)
 
 
 def fit_super_block(
@@ -130,7 +129,7 @@ def fit_super_block(
             "minimum": block.minimum[:, :, 0].to(torch.uint8),
         }
 
-    return _in_chunks(fit, w, importance, reach=LARGEST * sub_top)
+    return in_chunks(fit, w, importance, reach=LARGEST * sub_top)
 
 
 def store_super_block(scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"], sub_top: int) -> Params:
@@ -152,17 +151,14 @@ def super_block_levels(params: Params) -> tuple[Float[Tensor, "*b groups"], Floa
 
 def _fit_super_block(x: Tensor, weight: Tensor, top: int, sub_top: int) -> SuperBlock:
     """Return the best super-block with d and dmin >= 0 for x [n, groups, size]."""
-    rounding = _search(x, weight, top, most=0.0)
+    rounding = best_rounded(x, weight, top, most=0.0)
     scale, offset = rounding.best(most=0.0)
-    d, dmin = scale.amax(1, keepdim=True), -offset.amin(1, keepdim=True)
-    trials = (
-        _integers(rounding, _half_above(d / (sub_top - i)), _half_above(dmin / (sub_top - j)), sub_top)
-        for i, j in itertools.product(SPARE, SPARE)
-    )
-    block = _least((trial, rounding.error_at(*trial.levels()).sum(1, keepdim=True)) for trial in trials)
-    rounding = _round(x, weight, *block.levels(), top)
-    refitted = _integers(rounding, *_best_factors(rounding, block), sub_top)
-    rounded_again = _round(x, weight, *refitted.levels(), top)
+    d, dmin = scale.amax(1), -offset.amin(1)
+    tops = sub_top - torch.arange(SPARE, dtype=x.dtype, device=x.device)
+    block = _choose(rounding, half_above(d / tops).to(x.dtype), half_above(dmin / tops).to(x.dtype), sub_top)
+    rounding = rounded(x, weight, *block.levels(), top)
+    refitted = _integers(rounding, rounding.best(most=0.0)[1], *_best_factors(rounding, block), sub_top)
+    rounded_again = rounded(x, weight, *refitted.levels(), top)
     return _least(
         (trial, error.wee.sum(1, keepdim=True)) for trial, error in ((block, rounding), (refitted, rounded_again))
     )
@@ -175,19 +171,49 @@ def _expected_error(low: Tensor, high: Tensor, share: Tensor, top: int, sub_top:
     return (share * (step.square() + offset_step.square())).sum(1, keepdim=True)
 
 
-def _search(x: Tensor, weight: Tensor, top: int, most: float) -> Rounding:
+def best_rounded(x: Tensor, weight: Tensor, top: int, most: float) -> Rounding:
     """Return the rounding at the best of the refits of all starts, offsets at most ``most``."""
+    starts = torch.tensor(STARTS_2_BITS if top == 3 else STARTS, dtype=x.dtype) / 8
+    if kernels.suit(x):
+        return Rounding(*kernel.search(x, weight, top, most, starts, SINGULAR))
+    return search(x, weight, top, most, starts)
+
+
+def rounded(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, top: int) -> Rounding:
+    if kernels.suit(x):
+        return Rounding(*kernel.round_at(x, weight, scale, offset, top))
+    return round_at(x, weight, scale, offset, top)
+
+
+def search(
+    x: Float[Tensor, "*b size"],
+    weight: Float[Tensor, "*b size"],
+    top: int,
+    most: float,
+    starts: Float[Tensor, "starts 2"],
+) -> Rounding:
+    """Return the rounding at the best of the refits of all starts.
+
+    most: of an offset. starts: how far the lowest and the highest level lie inside a group's range, in steps.
+    """
     lowest = x.amin(-1, keepdim=True).clamp(max=most)
     step = (x.amax(-1, keepdim=True) - lowest) / top
-    starts = (
-        _round(x, weight, step * ((top - (below + above) / 8) / top), lowest + step * (below / 8), top)
-        for below, above in (STARTS_2_BITS if top == 3 else STARTS)
+    trials = (
+        round_at(x, weight, step * ((top - (below + above)) / top), lowest + step * below, top)
+        for below, above in starts.tolist()
     )
-    best = _least((start, start.error_at(*start.best(most))) for start in starts)
-    return _round(x, weight, *best.best(most), top)
+    best = _least((trial, trial.error_at(*trial.best(most))) for trial in trials)
+    return round_at(x, weight, *best.best(most), top)
 
 
-def _round(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, top: int) -> Rounding:
+def round_at(
+    x: Float[Tensor, "*b size"],
+    weight: Float[Tensor, "*b size"],
+    scale: Float[Tensor, "*b 1"],
+    offset: Float[Tensor, "*b 1"],
+    top: int,
+) -> Rounding:
+    """Return the rounding at given scales and offsets."""
     error = x - offset
     code = (error * torch.where(scale == 0, 0.0, 1 / scale)).round_().clamp_(0, top)
     error.addcmul_(code, scale, value=-1)
@@ -196,10 +222,36 @@ def _round(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, top: int) -
     return Rounding(scale, offset, *(value.sum(-1, keepdim=True) for value in sums))
 
 
-def _integers(rounding: Rounding, d: Tensor, dmin: Tensor, sub_top: int) -> SuperBlock:
+def _choose(rounding: Rounding, d: Tensor, dmin: Tensor, sub_top: int) -> SuperBlock:
+    """Return the best of the super-blocks that any pair of factors [n, trials] gives."""
+    offset = rounding.best(most=0.0)[1]
+    if kernels.suit(d):
+        pair = kernel.choose(torch.stack(rounding), offset, d, dmin, sub_top)
+    else:
+        pair = choose(rounding, offset, d, dmin, sub_top)
+    return _integers(rounding, offset, *pair, sub_top)
+
+
+def choose(
+    rounding: Rounding,
+    offset: Float[Tensor, "n groups 1"],
+    d: Float[Tensor, "n trials"],
+    dmin: Float[Tensor, "n trials"],
+    sub_top: int,
+) -> tuple[Float[Tensor, "n 1 1"], Float[Tensor, "n 1 1"]]:
+    """Return the pair (d, dmin), of all pairs, whose integers serve best.
+
+    offset: of every group, the best for its codes that is at most 0.
+    """
+    d, dmin = d.repeat_interleave(dmin.shape[1], 1), dmin.repeat(1, d.shape[1])
+    block = _integers(rounding, offset, d[:, None], dmin[:, None], sub_top)
+    best = rounding.error_at(*block.levels()).sum(1).argmin(1, keepdim=True)
+    return d.gather(1, best)[..., None], dmin.gather(1, best)[..., None]
+
+
+def _integers(rounding: Rounding, offset: Tensor, d: Tensor, dmin: Tensor, sub_top: int) -> SuperBlock:
     """Return the integers for given factors: the nearest scale, then the minimum that suits it best."""
-    offset = rounding.best(most=0.0)[1].clamp(min=-dmin * sub_top)
-    scale = _whole(rounding.best_scale(offset), d, sub_top)
+    scale = _whole(rounding.best_scale(torch.maximum(offset, -dmin * sub_top)), d, sub_top)
     return SuperBlock(d, dmin, scale, _whole(-rounding.best_offset(d * scale), dmin, sub_top))
 
 
@@ -214,9 +266,9 @@ def _best_factors(rounding: Rounding, block: SuperBlock) -> tuple[Tensor, Tensor
     se, me = total(s * rounding.weq), total(m * rounding.we)
     determinant = ss * mm - sm * sm
     solvable = determinant > SINGULAR * ss * mm
-    d = torch.where(solvable, (mm * se - sm * me) / determinant, 0.0)
-    dmin = torch.where(solvable, (ss * me - sm * se) / determinant, 0.0)
-    return _half((block.d + d).clamp(min=0)), _half((block.dmin + dmin).clamp(min=0))
+    d = block.d + torch.where(solvable, (mm * se - sm * me) / determinant, 0.0)
+    dmin = block.dmin + torch.where(solvable, (ss * me - sm * se) / determinant, 0.0)
+    return to_half(d.clamp(min=0)).to(d.dtype), to_half(dmin.clamp(min=0)).to(d.dtype)
 
 
 def _least(candidates: Iterable[tuple[T, Tensor]]) -> T:
@@ -232,26 +284,3 @@ def _least(candidates: Iterable[tuple[T, Tensor]]) -> T:
 
 def _whole(value: Tensor, unit: Tensor, top: int) -> Tensor:
     return torch.where(unit == 0, 0.0, value / unit).round().clamp(0, top)
-
-
-def _half(value: Tensor) -> Tensor:
-    return to_half(value).to(value.dtype)
-
-
-def _half_above(value: Tensor) -> Tensor:
-    """Round away from zero to float16: a tiny factor does not become 0, and the largest integer is enough."""
-    nearest = to_half(value)
-    next_ = (nearest.view(torch.int16) + 1).view(torch.float16)
-    short = nearest.to(value.dtype).abs() < value.abs().clamp(max=LARGEST)
-    return torch.where(short, next_, nearest).to(value.dtype)
-
-
-def _in_chunks(fit: Callable[[Tensor, Tensor], Params], w: Tensor, importance: Tensor, reach: float) -> Params:
-    """Fit a bounded number of rows at once: weights cut to what offsets reach, importances as shares of the largest."""
-    rows = max(CHUNK // w.shape[1], 1)
-    parts = []
-    for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
-        largest = weight.amax(1, keepdim=True)
-        share = torch.where(largest > 0, weight / largest, 1.0).clamp(min=LEAST_WEIGHT)
-        parts.append(fit(x.clamp(-reach, reach), share.to(x.dtype)))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -17,7 +17,7 @@ from llmquant.models.spec import ModelSpec, Site
 from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs
 
-PIECE = 1 << 24  # weights that are quantized together where nothing else limits them
+PIECE = 1 << 20  # weights that are quantized together where nothing else limits them
 RUNTIME_BYTES = 500_000_000  # Python, torch and transformers before any model
 
 
@@ -267,10 +267,9 @@ def placeholder(linear: Linear) -> QuantizedTensor:
     """Return a quantized linear without numbers (meta tensors), for its sizes."""
     assert linear.grid is not None
     grid = linear.grid
-    rows, spans = (1 if grid.per_tensor else linear.rows), linear.cols // grid.span
-    wished = torch.empty(rows * spans, grid.span // grid.group, device="meta")
+    wished = torch.zeros(1, grid.span // grid.group)  # not on meta, where every operation is slow
     params = {
-        name: value.view(rows, spans, -1).expand(linear.rows, -1, -1)
+        name: torch.empty(linear.rows, linear.cols // grid.span, value.shape[1], dtype=value.dtype, device="meta")
         for name, value in grid.store(wished, wished).items()
     }
     return QuantizedTensor(grid, torch.empty(linear.rows, linear.cols, dtype=torch.uint8, device="meta"), params)

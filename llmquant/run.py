@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import llmquant
-from llmquant import calibrate, data, export, memory, plugins, recipe, work
+from llmquant import calibrate, data, export, memory, plugins, recipe, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
@@ -139,6 +142,7 @@ def quantize(
     if plan.needs != "nothing":
         assert recipe_.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
+        export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
         stream.load()
     direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
@@ -238,7 +242,8 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
-    """Return what decides the codes: the model's files, the recipe without its formats, the tokens, the versions."""
+    """Return what decides the codes: model, recipe (without its formats), imatrix, tokens and versions."""
+    imatrix = plan.recipe.imatrix
     recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     recipe_.pop("formats", None)
     files = sorted({info.file for info in checkpoint.infos.values()})
@@ -248,6 +253,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
             "hash": work.fingerprint_of_files(checkpoint.folder, ["config.json", *files]),
         },
         "recipe": recipe_,
+        "imatrix": None if imatrix is None else hashlib.sha256(imatrix.read_bytes()).hexdigest(),
         "tokens": None if text is None else text.sha256,
         "versions": {"llmquant": llmquant.__version__, "torch": torch.__version__},
     }
@@ -293,19 +299,26 @@ class Direct:
         self._records |= records
         return done[linear.name]
 
-    def pieces(self, linear: Linear) -> Iterator[QuantizedTensor]:
-        """Yield a linear some rows at a time, in order."""
+    def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
+        """Yield a linear some rows at a time, in order, packed."""
         assert linear.grid is not None
-        step = linear.rows if linear.grid.per_tensor else max(planning.PIECE // linear.cols, 1)
-        errors: list[tuple[int, dict[str, Any]]] = []
-        for start in range(0, linear.rows, step):
-            stop = min(start + step, linear.rows)
-            weight = self._weight(linear, start, stop)
-            done, records = _quantize_together([replace(linear, rows=stop - start)], [weight], self._stats(linear))
-            errors.append((stop - start, records[linear.name]))
-            yield done[linear.name]
-        mean = {key: sum(n * r[key] for n, r in errors) / linear.rows for key in ("error", "seconds")}
-        self._records[linear.name] = errors[0][1] | {key: round(value, 8) for key, value in mean.items()}
+        parts = 1 if linear.grid.per_tensor else math.ceil(linear.weights / planning.PIECE)
+        if parts > 1:
+            parts += -parts % torch.get_num_threads()  # so that none of them waits for the others
+        edges = [linear.rows * i // parts for i in range(parts + 1)]
+        records: list[tuple[int, dict[str, Any]]] = []
+
+        def quantize(edge: tuple[int, int]) -> tuple[Tensor, int, dict[str, Any]]:
+            rows = edge[1] - edge[0]
+            weight = self._weight(linear, *edge)
+            done, told = _quantize_together([replace(linear, rows=rows)], [weight], self._stats(linear))
+            return pack(done[linear.name]), rows, told[linear.name]
+
+        for packed, rows, record in threads.side_by_side(quantize, list(itertools.pairwise(edges))):
+            records.append((rows, record))
+            yield packed
+        mean = {key: sum(n * r[key] for n, r in records) / linear.rows for key in ("error", "seconds")}
+        self._records[linear.name] = records[0][1] | {key: round(value, 8) for key, value in mean.items()}
 
     def _stats(self, linear: Linear) -> Stats:
         known = self._importance.get(linear.weight_name)
@@ -452,7 +465,7 @@ def _quantize_together(
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
         algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")
-        stacked = torch.cat([w.float() for _, w in alike])
+        stacked = torch.cat([w.float() for _, w in alike]) if len(alike) > 1 else alike[0][1].float()
         try:
             both: QuantizedTensor = algorithm.quantize(stacked, stats, grid, choice.algorithm_config)
         except LlmquantError as error:
@@ -470,8 +483,9 @@ def _quantize_together(
 def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
     """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite."""
     w = w.float()
-    delta = dequantize(q) - w
-    if not torch.isfinite(delta).all():
+    delta = dequantize(q).sub_(w)
+    error = output_error(delta, w, stats.square_mean if stats.hessian is None else stats.hessian)
+    if not math.isfinite(error) and not torch.isfinite(delta).all():
         raise CalibrationError(
             f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
             f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
@@ -479,7 +493,7 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
         )
     assert linear.grid is not None
     return {
-        "error": round(output_error(delta, w, stats.square_mean if stats.hessian is None else stats.hessian), 8),
+        "error": round(error, 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
         **q.record,

@@ -17,20 +17,20 @@ without importance), Gaussian and Laplace noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llmquant.blocks import in_units, to_half
+from llmquant import kernels
+from llmquant.blocks import half_above, in_chunks, in_units, to_half
 from llmquant.grid import Params
+from llmquant.kernels import scale_search as kernel
 
-LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps groups without activations solvable
 FAR = 1e9  # larger weights would only overflow the sums: no float16 factor reaches them
-CHUNK = 2**20  # weights searched at once
-SPARE = range(8)  # the largest sub-scale may be stored as the largest integer less one of these
+SPARE = 8  # the largest sub-scale may be stored as so many different integers, from the largest
 
 
 class Rounding(NamedTuple):
@@ -66,9 +66,9 @@ def fit_group(
     """
 
     def fit(x: Tensor, weight: Tensor) -> Params:
-        return {"d": to_half(_search(x, weight, table.to(x), starts).best_scale())}
+        return {"d": to_half(best_rounded(x, weight, table.to(x), starts).best_scale())}
 
-    return in_chunks(fit, w, importance)
+    return in_chunks(fit, w, importance, reach=FAR)
 
 
 def fit_super_block(
@@ -87,12 +87,12 @@ def fit_super_block(
     def fit(x: Tensor, weight: Tensor) -> Params:
         x, weight = (value.reshape(len(value), groups, -1) for value in (x, weight))
         levels = table.to(x)
-        d, scale = _integers(_search(x, weight, levels, starts), lowest)
-        rounding = _round(x, weight, d * scale, levels)
+        d, scale = _integers(best_rounded(x, weight, levels, starts), lowest)
+        rounding = rounded(x, weight, d * scale, levels)
         d = d + _share((scale * rounding.wet).sum(1, keepdim=True), (scale * scale * rounding.wtt).sum(1, keepdim=True))
         return {"d": to_half(d)[:, :, 0], "scale": scale[:, :, 0].to(torch.int8)}
 
-    return in_chunks(fit, w, importance)
+    return in_chunks(fit, w, importance, reach=FAR)
 
 
 def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
@@ -118,18 +118,41 @@ def nearest_level(x: Tensor, table: Tensor) -> Tensor:
     return table[torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2)]
 
 
-def _search(x: Tensor, weight: Tensor, table: Tensor, starts: Sequence[float]) -> Rounding:
+def best_rounded(x: Tensor, weight: Tensor, table: Tensor, starts: Sequence[float]) -> Rounding:
+    if kernels.suit(x):
+        return Rounding(*kernel.search(x, weight, table, starts))
+    return search(x, weight, table, starts)
+
+
+def rounded(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
+    if kernels.suit(x):
+        return Rounding(*kernel.round_at(x, weight, scale, table))
+    return round_at(x, weight, scale, table)
+
+
+def search(
+    x: Float[Tensor, "*b size"],
+    weight: Float[Tensor, "*b size"],
+    table: Float[Tensor, " levels"],
+    starts: Sequence[float],
+) -> Rounding:
     """Return the rounding at the best of the refits of all starts."""
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    best = _round(x, weight, largest / starts[0], table)
+    best = round_at(x, weight, largest / starts[0], table)
     for start in starts[1:]:
-        trial = _round(x, weight, largest / start, table)
+        trial = round_at(x, weight, largest / start, table)
         better = trial.error_at(trial.best_scale()) < best.error_at(best.best_scale())
         best = Rounding(*(torch.where(better, new, old) for new, old in zip(trial, best, strict=True)))
-    return _round(x, weight, best.best_scale(), table)
+    return round_at(x, weight, best.best_scale(), table)
 
 
-def _round(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
+def round_at(
+    x: Float[Tensor, "*b size"],
+    weight: Float[Tensor, "*b size"],
+    scale: Float[Tensor, "*b 1"],
+    table: Float[Tensor, " levels"],
+) -> Rounding:
+    """Return the rounding at given scales."""
     inverse = (1 / scale).nan_to_num(posinf=0.0, neginf=0.0)  # a scale of 0, or too small to be stored
     level = nearest_level(x * inverse, table)
     error = torch.addcmul(x, scale, level, value=-1)
@@ -140,17 +163,23 @@ def _round(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor) -> Rounding:
 def _integers(rounding: Rounding, lowest: int) -> tuple[Tensor, Tensor]:
     """Return (d, integers): the factor, of a few, under which the groups' codes serve best."""
     wished = rounding.best_scale()
-    largest = wished.gather(1, wished.abs().argmax(1, keepdim=True))
-    tries = []
-    for spare in SPARE:
-        d = _half_above(largest / (lowest + spare))
-        scale = _whole(wished, d, lowest)
-        tries.append((rounding.error_at(d * scale).sum(1, keepdim=True), d, scale))
-    error, d, scale = tries[0]
-    for other, d2, scale2 in tries[1:]:
-        better = other < error
-        error, d, scale = (torch.where(better, new, old) for new, old in ((other, error), (d2, d), (scale2, scale)))
-    return d, scale
+    largest = wished.gather(1, wished.abs().argmax(1, keepdim=True))[:, 0]
+    tops = torch.arange(lowest, lowest + SPARE, dtype=wished.dtype, device=wished.device)
+    trials = half_above(largest / tops).to(wished.dtype)
+    if kernels.suit(trials):
+        d = kernel.choose(torch.stack(rounding), wished, trials, lowest)
+    else:
+        d = choose(rounding, wished, trials, lowest)
+    return d, _whole(wished, d, lowest)
+
+
+def choose(
+    rounding: Rounding, wished: Float[Tensor, "n groups 1"], trials: Float[Tensor, "n trials"], lowest: int
+) -> Float[Tensor, "n 1 1"]:
+    """Return the factor d under which the integers nearest to the wished-for scales serve best."""
+    d = trials[:, None]
+    error = rounding.error_at(d * _whole(wished, d, lowest)).sum(1)
+    return trials.gather(1, error.argmin(1, keepdim=True))[..., None]
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
@@ -159,31 +188,3 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 def _whole(value: Tensor, unit: Tensor, lowest: int) -> Tensor:
     return torch.where(unit == 0, 0.0, value / unit).round().clamp(lowest, -lowest - 1)
-
-
-def _half(value: Tensor) -> Tensor:
-    return to_half(value).to(value.dtype)
-
-
-def _half_above(value: Tensor) -> Tensor:
-    """Round away from zero to float16, so that the largest integer is always enough."""
-    return _half(value + value * 2**-11 + value.sign() * 2**-25)
-
-
-def in_chunks(
-    fit: Callable[[Tensor, Tensor], Params],
-    w: Float[Tensor, "n size"],
-    importance: Float[Tensor, "n size"],
-    reach: float = FAR,
-) -> Params:
-    """Fit a bounded number of rows at once, with importances as shares of the largest in the row.
-
-    reach: larger weights are cut to this.
-    """
-    rows = max(CHUNK // w.shape[1], 1)
-    parts = []
-    for x, weight in zip(torch.split(w, rows), torch.split(importance, rows), strict=True):
-        largest = weight.amax(1, keepdim=True)
-        share = torch.where(largest > 0, weight / largest, 1.0).clamp(min=LEAST_WEIGHT)
-        parts.append(fit(x.clamp(-reach, reach), share.to(x.dtype)))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

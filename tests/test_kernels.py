@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from llmquant import grid, kernels, offset_search, scale_search
 from llmquant.algorithms import gptq
-from llmquant.kernels import gptq as kernel
+from llmquant.grids import iq4_nl, q6_k
+from llmquant.kernels import gptq as gptq_kernel
+from llmquant.kernels import grid as grid_kernel
+from llmquant.kernels import offset_search as offset_kernel
+from llmquant.kernels import scale_search as scale_kernel
 
 TABLES = {
     "16 even levels": torch.arange(16.0),
@@ -30,7 +35,7 @@ def test_columns_are_rounded_as_by_the_plain_twin(table, first, threads, monkeyp
     offset = -scale * table.mean()
     factor = torch.randn(block, block, generator=generator).triu(1) / 4 + torch.eye(block)
     results = []
-    for function in (gptq.round_columns, kernel.round_columns):
+    for function in (gptq.round_columns, gptq_kernel.round_columns):
         left, codes, error = w.clone(), torch.empty(columns, rows, dtype=torch.uint8), torch.empty(columns, rows)
         function(left, scale, offset, table, factor, codes, error, first)
         results.append((left, codes, error))
@@ -40,3 +45,91 @@ def test_columns_are_rounded_as_by_the_plain_twin(table, first, threads, monkeyp
     assert same.float().mean() > 0.99
     torch.testing.assert_close(fast_error[:, same], error[:, same])
     torch.testing.assert_close(fast_left[:, same], left[:, same])
+
+
+def groups(n, size, seed=0):
+    """Return weights with importances, among them groups of zeros and of one value."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, size, generator=generator)
+    x[3], x[7] = 0, 0.25
+    return x, torch.randn(n, size, generator=generator).exp()
+
+
+def close(fast, plain, most_apart=0.001):
+    """Compare element by element; a few may differ by a whole step where two choices were equally good."""
+    apart = [~torch.isclose(f, p, rtol=1e-4, atol=1e-3) for f, p in zip(fast, plain, strict=True)]
+    return torch.stack(apart).any(0).float().mean() <= most_apart
+
+
+@pytest.mark.parametrize("n", [1, 255, 3000])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_codes_are_those_of_the_plain_twin(table, n):
+    generator = torch.Generator().manual_seed(0)
+    w, scale, offset = torch.randn(3, n, 5, generator=generator)
+    scale = scale * 4 / len(table)
+    scale[::7] = 0
+    codes = grid_kernel.nearest(table, w, scale, offset)
+    assert (codes == grid.nearest(table, w, scale, offset)).float().mean() > 0.999
+    assert torch.equal(grid_kernel.decode(table, codes, scale, offset), scale * table[codes.long()] + offset)
+
+
+def test_columns_of_a_larger_matrix_are_encoded_like_a_copy_of_them():
+    w, scale, offset = torch.randn(3, 40, 90, generator=torch.Generator().manual_seed(0))[:, :, 11:70]
+    table = TABLES["16 even levels"]
+    codes = grid_kernel.nearest(table, w, scale, offset)
+    assert torch.equal(codes, grid_kernel.nearest(table, w.clone(), scale.clone(), offset.clone()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("table", "starts"), [(q6_k.Q6_K().table, q6_k.STARTS), (iq4_nl.IQ4_NL().table, iq4_nl.STARTS)]
+)
+def test_scales_are_found_as_by_the_plain_twin(table, starts, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, weight = groups(700, 16)
+    plain = scale_search.search(x, weight, table, starts)
+    assert close(scale_kernel.search(x, weight, table, starts)[..., 0], [part[:, 0] for part in plain], 0.01)
+    again = scale_kernel.round_at(x, weight, plain.scale, table)
+    assert close(again[..., 0], [part[:, 0] for part in scale_search.round_at(x, weight, plain.scale, table)])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("most", [0.0, torch.inf])
+@pytest.mark.parametrize(("size", "top"), [(16, 3), (32, 15), (32, 31)])
+def test_scales_and_offsets_are_found_as_by_the_plain_twin(size, top, most, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, weight = groups(700, size)
+    starts = torch.tensor(offset_search.STARTS) / 8
+    plain = offset_search.search(x, weight, top, most, starts)
+    fast = offset_kernel.search(x, weight, top, most, starts, offset_search.SINGULAR)
+    assert close(fast[..., 0], [part[:, 0] for part in plain], 0.01)
+    again = offset_kernel.round_at(x, weight, plain.scale, plain.offset, top)
+    assert close(again[..., 0], [part[:, 0] for part in offset_search.round_at(x, weight, *plain[:2], top)])
+
+
+def test_factors_of_super_blocks_are_chosen_as_by_the_plain_twins():
+    x, weight = (part.view(150, 16, 16) for part in groups(2400, 16))
+    found = scale_search.search(x, weight, q6_k.Q6_K().table, q6_k.STARTS)
+    wished = found.best_scale()
+    trials = wished.abs().amax(1) / torch.arange(-128, -120)
+    plain = scale_search.choose(found, wished, trials, -128)
+    fast = scale_kernel.choose(torch.stack(found), wished, trials, -128)
+    assert (plain == fast).float().mean() > 0.98
+    assert set(fast.flatten().tolist()) <= set(trials.flatten().tolist())
+
+    found = offset_search.search(x, weight, 3, 0.0, torch.tensor(offset_search.STARTS_2_BITS) / 8)
+    scale, offset = found.best(most=0.0)
+    tops = torch.arange(15, 11, -1)
+    trials = (scale.amax(1) / tops, -offset.amin(1) / tops)
+    pairs = (
+        offset_search.choose(found, offset, *trials, 15),
+        offset_kernel.choose(torch.stack(found), offset, *trials, 15),
+    )
+    same = torch.stack([a == b for a, b in zip(*pairs, strict=True)]).all(0)
+    assert same.float().mean() > 0.98
+
+
+def test_other_devices_and_precisions_take_the_plain_way():
+    assert kernels.suit(torch.zeros(1))
+    assert not kernels.suit(torch.zeros(1, dtype=torch.float64))
+    assert not kernels.suit(torch.zeros(1, device="meta"))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmquant import offset_search
+from llmquant import blocks, offset_search
 from llmquant.offset_search import fit_group, fit_super_block, super_block_levels
 
 SUPER = {"q2_k": (16, 3, 15), "q4_k": (8, 15, 63), "q5_k": (8, 31, 63)}
@@ -56,7 +56,7 @@ def exhaustive(w, importance, top, steps):
 
 def rounding_at(x, weight, scale, offset, top):
     size = (*x.shape[:-1], 1)
-    return offset_search._round(x, weight, torch.full(size, scale), torch.full(size, offset), top)
+    return offset_search.round_at(x, weight, torch.full(size, scale), torch.full(size, offset), top)
 
 
 def test_the_error_of_held_codes_is_the_quadratic_of_their_sums():
@@ -180,7 +180,7 @@ def test_columns_without_activations_do_not_matter_and_break_nothing(sizes):
 def test_chunks_do_not_change_the_result(sizes, monkeypatch):
     w, importance = normal(9, 256), normal(9, 256, seed=1).exp()
     whole = fit_super_block(w, importance, *sizes)
-    monkeypatch.setattr(offset_search, "CHUNK", 2 * 256)
+    monkeypatch.setattr(blocks, "CHUNK", 2 * 256)
     for name, value in fit_super_block(w, importance, *sizes).items():
         assert torch.equal(whole[name], value)
 

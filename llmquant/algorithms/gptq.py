@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from llmquant import kernels
 from llmquant.errors import CalibrationError
 from llmquant.grid import Grid, Params, QuantizedTensor, fit_all, nearest, per_column
 from llmquant.kernels import gptq as kernel
@@ -81,8 +82,7 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
         for of_all, one in zip((scale, offset), per_column(grid, fitted[0]), strict=True):
             of_all.copy_(one.T[order])
 
-    fast = w.device.type == "cpu" and w.dtype == torch.float32
-    advance = kernel.round_columns if fast else round_columns
+    advance = kernel.round_columns if kernels.suit(w) else round_columns
     table = grid.table.to(w.device, w.dtype)
     for start, stop in _blocks(w.shape[1], grid.span, config.block_size):
         error = torch.empty_like(w_t[start:stop])

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, join_nibbles, split_nibbles
+from llmquant.blocks import Block, in_chunks, join_nibbles, split_nibbles
 from llmquant.grid import Params
 
 LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
@@ -52,7 +52,7 @@ class MXFP4(Block):
         return torch.tensor(LEVELS, dtype=torch.float32)
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
-        return scale_search.in_chunks(_best_exponent, w, importance, reach=torch.inf)
+        return in_chunks(_best_exponent, w, importance, reach=torch.inf)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         return {"e": _exponent(scale.abs())}
@@ -96,7 +96,6 @@ def _best_exponent(w: Tensor, importance: Tensor) -> Params:
     for step in (0, 1, -1):
         e = (first.int() + step).clamp(0, HIGHEST).to(torch.uint8)
         factor = _power(e) / unit
-        error = scale_search.nearest_level(x / factor, table) * factor - x
-        total = (importance * error.square()).sum(1, keepdim=True)
+        total = scale_search.rounded(x, importance, factor, table).wee
         chosen, least = torch.where(total < least, e, chosen), torch.minimum(total, least)
     return {"e": chosen}

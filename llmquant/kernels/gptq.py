@@ -32,7 +32,7 @@ def round_columns(
     shared_out(lambda start, stop: _round_columns(*arrays, first, uniform, start, stop), w.shape[1], TILE)
 
 
-@compiled
+@compiled(fused=True)
 def _round_columns(
     w: Array,
     scale: Array,

@@ -149,7 +149,7 @@ def write(
             tell(i, len(tensors))
             linear = linears.get(entry.source)
             if linear is not None and linear.grid is not None:
-                blocks = torch.cat([pack(q)[""].cpu() for q in source.pieces(linear)])
+                blocks = torch.cat(list(source.pieces(linear, lambda q: pack(q)[""].cpu())))
                 yield (blocks if entry.rows is None else blocks[entry.rows]).contiguous()
             else:
                 yield _float_data(plan, checkpoint, entry, tensors[i])

@@ -1,0 +1,83 @@
+"""Codes of weights, and weights of codes (the plain twins are in ``llmquant.grid``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.kernels import compiled, shared_out
+
+Array = NDArray[Any]
+LEAST = 2**14  # weights for each thread
+RUN = 256  # weights compared with all levels together
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+
+
+def nearest(
+    table: Float[Tensor, " levels"],
+    w: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    offset: Float[Tensor, "*shape"],
+) -> UInt8[Tensor, "*shape"]:
+    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    levels = table.numpy()
+    even = bool(np.all(np.diff(levels) == 1))
+    flat = [x.contiguous().view(-1).numpy() for x in (w, scale, offset, codes)]
+    shared_out(lambda start, stop: _nearest(levels, even, start, stop, *flat), w.numel(), LEAST)
+    return codes
+
+
+@compiled(fused=True)
+def _nearest(
+    table: Array, even: bool, start: int, stop: int, w: Array, scale: Array, offset: Array, codes: Array
+) -> None:
+    middles = (table[1:] + table[:-1]) / TWO
+    first, top = middles[0], np.float32(len(middles))
+    x, count = np.empty(RUN, np.float32), np.empty(RUN, np.int32)
+    for begin in range(start, stop, RUN):
+        end = min(begin + RUN, stop)
+        w_, scale_, offset_, codes_ = w[begin:end], scale[begin:end], offset[begin:end], codes[begin:end]
+        for i in range(len(w_)):
+            inverse = ZERO if scale_[i] == ZERO else ONE / scale_[i]
+            x[i] = (w_[i] - offset_[i]) * inverse
+        if even:
+            for i in range(len(w_)):
+                q = np.ceil(x[i] - first)
+                q = ZERO if q < ZERO else q
+                count[i] = np.int32(top if q > top else q)
+        else:
+            count[:] = 0
+            for m in range(len(middles)):
+                middle = middles[m]
+                for i in range(len(w_)):
+                    count[i] += x[i] > middle
+        for i in range(len(w_)):
+            codes_[i] = count[i]
+
+
+def decode(
+    table: Float[Tensor, " levels"],
+    codes: UInt8[Tensor, "*shape"],
+    scale: Float[Tensor, "*shape"],
+    offset: Float[Tensor, "*shape"],
+) -> Float[Tensor, "*shape"]:
+    """Return the weights that the codes stand for."""
+    w = torch.empty(codes.shape)
+    flat = [x.contiguous().view(-1).numpy() for x in (codes, scale, offset, w)]
+    shared_out(lambda start, stop: _decode(table.numpy(), start, stop, *flat), w.numel(), LEAST)
+    return w
+
+
+@compiled(fused=False)
+def _decode(table: Array, start: int, stop: int, codes: Array, scale: Array, offset: Array, w: Array) -> None:
+    for begin in range(start, stop, RUN):
+        end = min(begin + RUN, stop)
+        codes_, scale_, offset_, w_ = codes[begin:end], scale[begin:end], offset[begin:end], w[begin:end]
+        for i in range(len(w_)):
+            w_[i] = scale_[i] * table[codes_[i]] + offset_[i]
