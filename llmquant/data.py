@@ -98,10 +98,10 @@ class CalibrationTokens:
         }
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """Return the tokenizer of a model folder, or of a GGUF file in it, or raise CheckpointError."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model folder, or raise CheckpointError."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: has no tokenizer that transformers can load: {first}") from None

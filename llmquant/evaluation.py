@@ -87,7 +87,10 @@ def read_windows(
     text: a file, "wikitext2", or a TextSource.
     """
     checkpoint = open_model(model)
-    tokenizer = data.load_tokenizer(checkpoint.folder, gguf_file=checkpoint.gguf_file)
+    if isinstance(checkpoint, GgufCheckpoint):
+        tokenizer = checkpoint.tokenizer()
+    else:
+        tokenizer = data.load_tokenizer(checkpoint.folder)
     context = Stream(checkpoint, device_of("cpu"), weights=False).context
     return data.evaluation_windows(_source(text), protocols.named(protocol), tokenizer, context, max_tokens)
 

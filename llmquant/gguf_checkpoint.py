@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmquant import gguf_file
 from llmquant.checkpoint import Checkpoint, TensorInfo
 from llmquant.errors import CheckpointError, FormatError
-from llmquant.exporters.gguf import families
+from llmquant.exporters.gguf import families, vocabulary
 from llmquant.models import spec_for
 
 
@@ -22,7 +23,7 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         """Read the header and make a configuration of its metadata; raise CheckpointError or FormatError."""
         self.file = gguf_file.read(path)
-        self.path, self.folder, self.gguf_file = path, path.parent, path.name
+        self.path, self.folder = path, path.parent
         stored = self.file.tensors
         extra = {n: gguf_file.to_float(t)[0] for n, t in stored.items() if n.startswith("rope_")}
         try:
@@ -57,6 +58,13 @@ class GgufCheckpoint(Checkpoint):
     def weights(self) -> int:
         """Number of weights in all matrices and vectors."""
         return sum(tensor.numel for tensor in self.file.tensors.values())
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the file holds, or raise FormatError."""
+        try:
+            return vocabulary.tokenizer(self.file.metadata)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}. Give the model folder it was made from by --reference") from None
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, decoded to float32, or some rows of it."""

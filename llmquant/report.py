@@ -112,16 +112,16 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """Return the YAML at the head of a model card, or nothing where there is none.
+    """Return the YAML at the head of a model card, every value a text, or nothing where there is none.
 
-    >>> front_matter("---\\nlicense: mit\\n---\\n# A model")
-    {'license': 'mit'}
+    >>> front_matter("---\\nlicense: mit\\nlanguage: no\\n---\\n# A model")
+    {'license': 'mit', 'language': 'no'}
     """
     parts = card.split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        found = yaml.safe_load(parts[1])
+        found = yaml.load(parts[1], yaml.BaseLoader)  # Norwegian is not a boolean, nor a version a number
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,11 +6,13 @@ import torch
 import transformers as hf
 
 from llmquant import api, demo, evaluation, gguf_file, imatrix, recipe, run
-from llmquant.errors import FormatError, RecipeError
+from llmquant.data import load_tokenizer
+from llmquant.errors import FormatError, OutputError, RecipeError
 from llmquant.packed import describe, open_model
 from llmquant.stream import Stream
 from tests.conftest import VOCABULARY
 from tests.test_gguf_families import CONFIGS
+from tests.test_gguf_vocabulary import byte_level, split
 
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4")
 
@@ -38,6 +40,8 @@ def test_a_float_file_of_every_family_reads_back_as_the_same_model(name, save_mo
         (hidden,) = stream.hidden(tokens)
         logits.append(stream.finish(tokens, hidden))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    text = "The file's own tokenizer, 123 <s>"
+    assert open_model(tmp_path / "out").tokenizer()(text)["input_ids"] == load_tokenizer(model)(text)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +152,34 @@ def test_an_imatrix_that_was_written_is_importance_again(texts, windows, tmp_pat
     assert metadata["quantize.imatrix.dataset"] == "calibration.txt"
     with pytest.raises(RecipeError, match="the algorithm needs more than an imatrix tells"):
         api.plan(demo.MODEL, "gptq-q4_k_m", changes=[f"imatrix={path}"])
+
+
+def test_a_work_folder_of_an_imatrix_with_other_content_is_refused(tmp_path):
+    def write(value):
+        sums = torch.full((1, 256), float(value))
+        entry = imatrix.Entry(sums, torch.ones(1, dtype=torch.int64))
+        imatrix.write(path, imatrix.Imatrix({"blk.0.attn_q.weight": entry}, ("a text",), 1, 512))
+
+    path = tmp_path / "im.gguf"
+    chosen = recipe.load("gguf-q4_0", [f"imatrix={path}"])
+    write(1)
+    run.quantize(demo.MODEL, chosen, tmp_path / "a", tmp_path / "work")
+    run.quantize(demo.MODEL, chosen, tmp_path / "b", tmp_path / "work")
+    write(2)
+    with pytest.raises(OutputError, match=r"work folder was begun with imatrix = '[0-9a-f]{64}', and now it is '"):
+        run.quantize(demo.MODEL, chosen, tmp_path / "c", tmp_path / "work")
+
+
+def test_a_tokenizer_that_has_no_place_in_the_file_is_refused_before_calibration(save_model, texts, tmp_path):
+    config = resized(CONFIGS["llama 3"]())
+    config.vocab_size = 1000
+    model = save_model(tmp_path / "model", config)
+    hf.PreTrainedTokenizerFast(tokenizer_object=byte_level(split(r"\d"))).save_pretrained(model)
+    text = [f"calibration.path={texts / 'calibration.txt'}", "calibration.sequences=4", "calibration.length=64"]
+    done = []
+    with pytest.raises(FormatError, match="none of those known here is this tokenizer's"):
+        run.quantize(model, recipe.load("gptq-q4_k_m", text), tmp_path / "out", progress=lambda *x: done.append(x))
+    assert not done
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ LONG = ROPE | {
     "short_factor": [1.0 + i / 8 for i in range(8)],
     "factor": 4.0,
 }
+YARN = ROPE | {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
 GEMMA = SHARED | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+GEMMA_7 = GEMMA | {"num_hidden_layers": 7}
+PART = {"rope_type": "default", "partial_rotary_factor": 0.5}
 CLASSIC = {"vocab_size": VOCABULARY, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = {k: v for k, v in BASE.items() if k != "max_position_embeddings"} | {"alibi": False, "bias": False}
 CONFIGS = {
@@ -40,17 +43,45 @@ CONFIGS = {
     "llama, linear scaling": lambda: hf.LlamaConfig(
         **SHARED, rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}
     ),
-    "llama, yarn": lambda: hf.LlamaConfig(
-        **SHARED,
-        rope_parameters=ROPE | {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "llama, yarn": lambda: hf.LlamaConfig(**SHARED, rope_parameters=YARN),
+    "llama, yarn with a factor for attention": lambda: hf.LlamaConfig(
+        **SHARED, rope_parameters=YARN | {"attention_factor": 1.3}
     ),
+    "llama, yarn with mscale": lambda: hf.LlamaConfig(
+        **SHARED, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}
+    ),
+    "llama with biases in the mlp": lambda: hf.LlamaConfig(**SHARED, mlp_bias=True),
     "llama, tied": lambda: hf.LlamaConfig(**SHARED, head_dim=32, tie_word_embeddings=True),
     "mistral": lambda: hf.MistralConfig(**SHARED),
+    "mistral nemo": lambda: hf.MistralConfig(**SHARED, head_dim=32, sliding_window=None),
     "qwen2": lambda: hf.Qwen2Config(**SHARED),
+    "qwen2, tied, yarn": lambda: hf.Qwen2Config(**SHARED, rope_parameters=YARN, tie_word_embeddings=True),
     "qwen3": lambda: hf.Qwen3Config(**SHARED, head_dim=32),
     "gemma2": lambda: hf.Gemma2Config(**GEMMA),
-    "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA | {"num_hidden_layers": 7}),
+    "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA_7),
+    "gemma3 4b": lambda: hf.Gemma3TextConfig(
+        **GEMMA_7,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        final_logit_softcapping=5.0,
+    ),
     "phi3": lambda: hf.Phi3Config(**SHARED, pad_token_id=0),
+    "phi4 mini": lambda: hf.Phi3Config(
+        **SHARED,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        original_max_position_embeddings=32,
+        rope_parameters=LONG
+        | {
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "long_factor": [1.0 + i / 4 for i in range(6)],
+            "short_factor": [1.0 + i / 8 for i in range(6)],
+            "attention_factor": 1.3,
+        },
+    ),
     "phi3, short of longrope": lambda: hf.Phi3Config(
         **SHARED | {"max_position_embeddings": 2048},
         pad_token_id=0,
@@ -64,6 +95,9 @@ CONFIGS = {
         rope_parameters=LONG | {"original_max_position_embeddings": 32},
     ),
     "gpt2": lambda: hf.GPT2Config(**CLASSIC, n_embd=64, n_positions=128),
+    "gpt2, narrow and untied": lambda: hf.GPT2Config(
+        **CLASSIC, n_embd=64, n_positions=128, n_inner=96, tie_word_embeddings=False
+    ),
     "gpt-neox": lambda: hf.GPTNeoXConfig(
         **BASE, intermediate_size=256, rope_parameters=ROPE | {"rope_type": "default", "partial_rotary_factor": 0.25}
     ),
@@ -71,6 +105,12 @@ CONFIGS = {
         **BASE, intermediate_size=256, use_parallel_residual=False
     ),
     "falcon 7b": lambda: hf.FalconConfig(**FALCON, multi_query=True, new_decoder_architecture=False),
+    "falcon 11b": lambda: hf.FalconConfig(
+        **FALCON, num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1, ffn_hidden_size=96
+    ),
+    "falcon, a value for every head": lambda: hf.FalconConfig(
+        **FALCON, multi_query=False, new_decoder_architecture=False, tie_word_embeddings=False
+    ),
     "falcon 40b": lambda: hf.FalconConfig(**FALCON, num_kv_heads=2, new_decoder_architecture=True),
     "bloom": lambda: hf.BloomConfig(**CLASSIC, hidden_size=64),
 }
@@ -114,15 +154,30 @@ def write(model, folder):
     return path
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' own about tiny configurations
-@pytest.mark.parametrize("name", CONFIGS)
-def test_llama_cpp_gives_the_logits_of_transformers(name, tmp_path):
-    model = build(CONFIGS[name]())
+def difference(model, folder):
+    """Return how far llama.cpp's logits are from transformers', as a part of the largest."""
     tokens = torch.randint(0, VOCABULARY, (TIME,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model(tokens[None]).logits[0]
-    found = CppModel(write(model, tmp_path), TIME, exact=True).logits(tokens)
-    assert float((found - wanted).abs().max()) <= 1e-3 * float(wanted.abs().max())
+    found = CppModel(write(model, folder), TIME, exact=True).logits(tokens)
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own about tiny configurations
+@pytest.mark.parametrize("name", CONFIGS)
+def test_llama_cpp_gives_the_logits_of_transformers(name, tmp_path):
+    assert difference(build(CONFIGS[name]()), tmp_path) <= 1e-3
+
+
+@pytest.mark.parametrize(("config", "layers"), [(hf.Gemma2Config, 46), (hf.Gemma3TextConfig, 62)])
+def test_attention_of_the_largest_gemmas_is_scaled_in_their_way(config, layers, tmp_path):
+    scaled = {"num_hidden_layers": layers, "query_pre_attn_scalar": 64 // 4}
+    model = build(config(**GEMMA | scaled))
+    for layer in model.model.layers:  # GELU differs by 1e-3, which adds up in so many layers
+        layer.post_feedforward_layernorm.weight.data -= 0.9
+    assert difference(model, tmp_path) <= 1e-3
+    with pytest.raises(FormatError, match="scales attention by the head size 16"):
+        families.layout(config(**GEMMA | scaled | {"query_pre_attn_scalar": 32}), {})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +187,23 @@ def test_llama_cpp_gives_the_logits_of_transformers(name, tmp_path):
         (hf.FalconConfig(alibi=True), "Falcon models with rotary positions and parallel attention only"),
         (hf.Gemma2Config(**GEMMA | {"query_pre_attn_scalar": 64}), "scales attention by the head size 32"),
         (hf.Gemma3TextConfig(**GEMMA, layer_types=["full_attention"] * 3), "every 6th layer"),
+        (hf.Gemma2Config(**GEMMA, attn_logit_softcapping=None), "caps the logits and the attention of Gemma 2"),
+        (hf.Gemma2Config(**GEMMA, tie_word_embeddings=False), "tie_word_embeddings True only, and this one has False"),
+        (hf.Gemma3TextConfig(**GEMMA_7, attn_logit_softcapping=5.0), "attn_logit_softcapping None only"),
+        (hf.Gemma3TextConfig(**GEMMA_7, attention_bias=True), "attention_bias False only"),
         (hf.LlamaConfig(**SHARED, rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
+        (hf.LlamaConfig(**SHARED, rope_parameters=YARN | {"beta_fast": 16.0}), "one has 16.0, 1 and True"),
+        (hf.LlamaConfig(**SHARED, rope_parameters=ROPE | PART), "turns all 16 values of a llama head, not 8"),
+        (hf.LlamaConfig(**SHARED, hidden_act="gelu"), "hidden_act 'silu' or 'swish' only, and this one has 'gelu'"),
+        (hf.Qwen2Config(**SHARED, rope_parameters=LLAMA3), "type 'llama3', only default, linear, yarn"),
+        (hf.Qwen2Config(**SHARED, use_sliding_window=True), "use_sliding_window False only"),
+        (hf.Qwen3Config(**SHARED, attention_bias=True), "attention_bias False only"),
+        (hf.GPT2Config(**CLASSIC, activation_function="relu"), "activation_function 'gelu' or .* has 'relu'"),
+        (hf.GPT2Config(**CLASSIC, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx False only"),
+        (hf.GPTNeoXConfig(**BASE, tie_word_embeddings=True), "tie_word_embeddings False only"),
+        (hf.GPTNeoXConfig(**BASE, attention_bias=False), "attention_bias True only"),
+        (hf.FalconConfig(**FALCON | {"bias": True}), "bias False only"),
+        (hf.BloomConfig(**CLASSIC, apply_residual_connection_post_layernorm=True), "post_layernorm False only"),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused(config, message):
@@ -143,3 +214,24 @@ def test_what_llama_cpp_does_not_compute_is_refused(config, message):
 def test_a_tensor_without_a_place_is_named():
     with pytest.raises(FormatError, match=r"no place for 1 tensors: model\.layers\.0\.strange\.weight"):
         families.layout(hf.LlamaConfig(**SHARED), {"model.layers.0.strange.weight": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("config", "buffers", "weight"),
+    [
+        (hf.LlamaConfig(**SHARED), ["model.layers.0.self_attn.rotary_emb.inv_freq"], "model.norm.weight"),
+        (
+            hf.GPT2Config(**CLASSIC),
+            ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"],
+            "transformer.h.0.attn.c_attn.bias",
+        ),
+        (
+            hf.GPTNeoXConfig(**BASE),
+            ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"],
+            "gpt_neox.layers.0.attention.dense.bias",
+        ),
+    ],
+)
+def test_buffers_of_older_checkpoints_are_left_out(config, buffers, weight):
+    layout = families.layout(config, dict.fromkeys([*buffers, weight], (64,)))
+    assert [entry.source for entry in layout.entries] == [weight]

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import Keys, LlamaFileType
-from gguf.utility import naming_convention, size_label
 from torch import Tensor
 
 import llmquant
 from llmquant import imatrix
 from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, RecipeError
-from llmquant.exporters.gguf import families, mixtures, vocabulary, writer
+from llmquant.exporters.gguf import families, general, mixtures, vocabulary, writer
 from llmquant.grid import BlockGrid, Grid, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -43,6 +42,12 @@ def check(grid: Grid, rows: int, cols: int) -> None:
             f"a gguf file has no type for the grid {type(grid).__name__}. Use one of its types, e.g. "
             "`grid: {name: q4_k}`, or a mixture, e.g. `mixture: {name: q4_k_m}`"
         )
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Raise FormatError when llama.cpp has no equal for a tokenizer. config: the model's configuration."""
+    text = config.get_text_config()
+    vocabulary.metadata(tokenizer, text.vocab_size, text)
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -157,11 +162,12 @@ def write(
             yield value.contiguous().view(torch.uint8)
         tell(len(tensors), len(tensors))
 
-    metadata = _general(plan, checkpoint, layout) | layout.metadata
-    metadata |= vocabulary.metadata(load_tokenizer(checkpoint.folder), config.get_text_config().vocab_size)
-    name = naming_convention(
-        metadata.get(Keys.General.BASENAME), None, None, None, metadata[Keys.General.SIZE_LABEL], _file_type_name(plan)
-    )
+    metadata = general.metadata(checkpoint.folder, checkpoint.config, layout.architecture, plan.weights)
+    metadata |= _made(plan, layout) | layout.metadata
+    text, tokenizer = config.get_text_config(), load_tokenizer(checkpoint.folder)
+    metadata |= vocabulary.metadata(tokenizer, text.vocab_size, text)
+    metadata[Keys.General.NAME] = vocabulary.model_name(metadata[Keys.General.NAME], tokenizer)
+    name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
     files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
     return sum(path.stat().st_size for path in files)
 
@@ -193,9 +199,8 @@ def _float_type(plan: Plan, name: str) -> str:
     return type_ if type_ in FLOATS else "f16"
 
 
-def _general(plan: Plan, checkpoint: Checkpoint, layout: families.Layout) -> dict[str, Any]:
-    """Return the keys that tell people and programs what the file is."""
-    name = checkpoint.folder.resolve().name
+def _made(plan: Plan, layout: families.Layout) -> dict[str, Any]:
+    """Return the keys that tell what the file is and how it was made."""
     keys: dict[str, Any] = {}
     if plan.recipe.imatrix is not None:
         known = imatrix.read(plan.recipe.imatrix)
@@ -208,9 +213,6 @@ def _general(plan: Plan, checkpoint: Checkpoint, layout: families.Layout) -> dic
     return keys | {
         Keys.General.ARCHITECTURE: layout.architecture,
         Keys.General.TYPE: "model",
-        Keys.General.NAME: name,
-        Keys.General.BASENAME: name,
-        Keys.General.SIZE_LABEL: size_label(plan.weights, 0, 0, 0),
         Keys.General.FILE_TYPE: int(_file_type(plan)),
         Keys.General.QUANTIZATION_VERSION: 2 if plan.quantized else 0,
         Keys.General.QUANTIZED_BY: f"llmquant {llmquant.__version__}",

@@ -2,11 +2,15 @@
 
 Tensor names come from the gguf package's own map. Sources for the rest: llama.cpp's
 model loaders (which keys they read, what they assume) and convert_hf_to_gguf.py.
+
+Known difference: in llama.cpp every layer of Mistral and Phi-3 sees the whole
+context, so texts longer than the model's sliding window give other logits.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +24,8 @@ from transformers import CONFIG_MAPPING
 
 from llmquant.errors import FormatError
 
+BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$")
+"""Tensors of older checkpoints that are no parameters: masks, and the frequencies of rotary embeddings."""
 Order = Callable[[Any, int], Tensor]
 """(config, rows of the tensor) -> which row of the checkpoint each row of the file is."""
 
@@ -58,6 +64,9 @@ class Family:
     orders: end of a module's name -> the order of the rows of its weight and bias.
     norms_plus_one: norms that store w and apply 1 + w.
     extra_keys: the numbers beyond those that all families have.
+    ropes: rotary embeddings that llama.cpp computes.
+    partial: whether it can turn a part of each head only.
+    fixed: setting of transformers' configuration -> the values that llama.cpp takes for granted.
     settings: (metadata below the architecture, names of the tensors) -> settings of transformers' configuration beyond
         those that all families have.
     check: raises FormatError for what llama.cpp does not compute.
@@ -67,6 +76,9 @@ class Family:
     orders: Mapping[str, Order] = field(default_factory=dict)
     norms_plus_one: bool = False
     extra_keys: Callable[[Any], dict[str, Any]] = lambda config: {}
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    partial: bool = False
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     settings: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda keys, names: {}
     check: Callable[[Any], None] = lambda config: None
 
@@ -85,10 +97,16 @@ def layout(config: Any, names: Mapping[str, tuple[int, ...]]) -> Layout:
         raise FormatError(
             f"llama.cpp does not run models of type {config.model_type!r}; it runs {', '.join(sorted(FAMILIES))}"
         )
+    for key, values in family.fixed.items():
+        if (value := getattr(config, key, values[0])) not in values:
+            raise FormatError(
+                f"llama.cpp computes {config.model_type} models with {key} {' or '.join(map(repr, values))} only, "
+                f"and this one has {value!r}"
+            )
     family.check(config)
     arch = family.architecture
     metadata = {key.format(arch=arch): value for key, value in (_numbers(config) | family.extra_keys(config)).items()}
-    scaling, extra = _rope(config)
+    scaling, extra = _rope(family, config)
     metadata |= {key.format(arch=arch): value for key, value in scaling.items()}
     return Layout(arch, tuple(_entries(family, config, names)), metadata, extra)
 
@@ -119,12 +137,13 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
         "hidden_size": hidden,
         "num_hidden_layers": number(Keys.LLM.BLOCK_COUNT),
         "intermediate_size": number(Keys.LLM.FEED_FORWARD_LENGTH),
+        "n_inner": number(Keys.LLM.FEED_FORWARD_LENGTH),
         "num_attention_heads": heads,
         "num_key_value_heads": number(Keys.Attention.HEAD_COUNT_KV) or heads,
         "head_dim": number(Keys.Attention.KEY_LENGTH) or (hidden // heads if hidden and heads else None),
         "rms_norm_eps": number(Keys.Attention.LAYERNORM_RMS_EPS),
         "layer_norm_epsilon": number(Keys.Attention.LAYERNORM_EPS),
-        "sliding_window": number(Keys.Attention.SLIDING_WINDOW),
+        "sliding_window": number(Keys.Attention.SLIDING_WINDOW) or None,
         "tie_word_embeddings": "output.weight" not in names,
         "rope_parameters": _rope_settings(number, extra, kind),
         "bos_token_id": metadata.get(Keys.Tokenizer.BOS_ID),
@@ -161,16 +180,19 @@ def _rope_settings(number: Callable[[str], Any], extra: Mapping[str, Tensor], ki
         rope |= {"rope_type": "longrope", "factor": number(Keys.LLM.CONTEXT_LENGTH) / original}
         rope |= {f"{k}_factor": extra[f"rope_factors_{k}.weight"].tolist() for k in ("long", "short")}
         rope["original_max_position_embeddings"] = original
+        rope["attention_factor"] = number(Keys.Rope.SCALING_ATTN_FACTOR)
     elif "rope_freqs.weight" in extra:
         rope |= _llama3_settings(rope, extra["rope_freqs.weight"], turned)
     elif scaling in ("linear", "yarn"):
         rope |= {"rope_type": scaling, "factor": float(factor)}
         if original:
             rope["original_max_position_embeddings"] = original
+        if scaling == "yarn":
+            rope["attention_factor"] = (number(Keys.Rope.SCALING_ATTN_FACTOR) or 1.0) * _yarn_scale(factor)
     elif scaling not in (None, "none", "longrope"):
         raise FormatError(f"rotary scaling of type {scaling!r} cannot be computed here")
     if kind == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": 10000.0}
+        local = {"rope_type": "default", "rope_theta": float(number(Keys.Rope.FREQ_BASE_SWA) or 10000.0)}
         return {"full_attention": rope, "sliding_attention": local}
     return rope
 
@@ -195,6 +217,8 @@ def _entries(family: Family, config: Any, names: Mapping[str, tuple[int, ...]]) 
     known = gguf.get_tensor_name_map(numbers[family.architecture], config.num_hidden_layers)
     nowhere = []
     for source, shape in names.items():
+        if BUFFERS.search(source):
+            continue
         endings = (".weight", ".bias")
         name = known.get_name(source, endings) or known.get_name(source.removeprefix("transformer."), endings)
         if name is None:
@@ -216,7 +240,9 @@ def _numbers(config: Any) -> dict[str, Any]:
     heads = config.num_attention_heads
     hidden = config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = next((getattr(config, k, None) for k in ("intermediate_size", "n_inner", "ffn_hidden_size")), None)
+    inner = next(
+        (n for k in ("intermediate_size", "n_inner", "ffn_hidden_size") if (n := getattr(config, k, None))), None
+    )
     context = next(
         (n for k in ("max_position_embeddings", "n_positions", "seq_length") if (n := getattr(config, k, None))), 2048
     )
@@ -240,35 +266,65 @@ def _numbers(config: Any) -> dict[str, Any]:
     return numbers
 
 
-def _rope(config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _rope(family: Family, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the keys and extra tensors of the rotary embedding."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or getattr(config, "alibi", False):
         return {}, {}
-    if "full_attention" in rope:  # one for each kind of layer: llama.cpp knows the other's
-        rope = rope["full_attention"]
+    local: dict[str, Any] = {}
+    if "full_attention" in rope:  # one for each kind of layer
+        sliding, rope = rope["sliding_attention"], rope["full_attention"]
+        local = {Keys.Rope.FREQ_BASE_SWA: float(sliding["rope_theta"])}
+        if sliding.get("rope_type", "default") != "default":
+            raise FormatError(f"llama.cpp does not scale the rotary embedding of sliding layers: {sliding}")
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     turned = int(head * rope.get("partial_rotary_factor", 1.0))
-    keys: dict[str, Any] = {Keys.Rope.DIMENSION_COUNT: turned, Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if kind == "default":
-        return keys, {}
-    if kind in ("linear", "yarn"):
+    if kind not in family.ropes:
+        raise FormatError(
+            f"llama.cpp does not compute {config.model_type} models with rotary embeddings of type {kind!r}, only "
+            + ", ".join(family.ropes)
+        )
+    if turned != head and not family.partial:
+        raise FormatError(f"llama.cpp turns all {head} values of a {config.model_type} head, not {turned} of them")
+    keys: dict[str, Any] = {Keys.Rope.DIMENSION_COUNT: turned, Keys.Rope.FREQ_BASE: float(rope["rope_theta"])} | local
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "linear":
         keys |= {Keys.Rope.SCALING_TYPE: kind, Keys.Rope.SCALING_FACTOR: float(factor)}
-        if kind == "yarn":
-            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
-        return keys, {}
-    if kind == "llama3":
-        return keys, {"rope_freqs.weight": _llama3_factors(rope, turned)}
-    if kind == "longrope":
-        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    elif kind == "yarn":
+        keys |= _yarn(rope, float(factor or config.max_position_embeddings / original))
         keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
-        scale = config.max_position_embeddings / original
-        keys[Keys.Rope.SCALING_ATTN_FACTOR] = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    elif kind == "llama3":
+        return keys, {"rope_freqs.weight": _llama3_factors(rope, turned)}
+    elif kind == "longrope":
+        scale = factor or config.max_position_embeddings / original
+        attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = original
+        keys[Keys.Rope.SCALING_ATTN_FACTOR] = float(rope.get("attention_factor") or attention)
         long, short = (torch.tensor(rope[k], dtype=torch.float32) for k in ("long_factor", "short_factor"))
         return keys, {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
-    raise FormatError(f"llama.cpp does not compute rotary embeddings of type {kind!r}")
+    return keys, {}
+
+
+def _yarn(rope: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    ramp = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True))
+    if ramp != (32, 1, True):
+        raise FormatError(
+            "llama.cpp computes these models with YaRN's beta_fast 32, beta_slow 1 and truncate true only, and this "
+            "one has {}, {} and {}".format(*ramp)
+        )
+    keys: dict[str, Any] = {Keys.Rope.SCALING_TYPE: "yarn", Keys.Rope.SCALING_FACTOR: factor}
+    attention, usual = rope.get("attention_factor"), _yarn_scale(factor)
+    if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = _yarn_scale(factor, rope["mscale"]) / _yarn_scale(factor, rope["mscale_all_dim"])
+    if attention is not None and attention != usual:
+        keys[Keys.Rope.SCALING_ATTN_FACTOR] = attention / usual
+    return keys
+
+
+def _yarn_scale(factor: float, share: float = 1.0) -> float:
+    """Return what YaRN multiplies queries and keys by (YaRN paper, section 3.4)."""
+    return 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _llama3_factors(rope: Mapping[str, Any], turned: int) -> Tensor:
@@ -310,12 +366,13 @@ def _falcon_kv_heads(config: Any) -> int:
 
 def _falcon_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     kv_heads = keys.get("attention.head_count_kv", 1)
-    grouped = "blk.0.attn_norm_2.weight" in names
+    two_norms = "blk.0.attn_norm_2.weight" in names
     return {
         "alibi": False,
         "bias": "blk.0.attn_qkv.bias" in names,
         "multi_query": kv_heads == 1,
-        "new_decoder_architecture": grouped,
+        "new_decoder_architecture": two_norms or 1 < kv_heads < keys.get("attention.head_count", 1),
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
         "num_kv_heads": kv_heads,
         "ffn_hidden_size": keys.get("feed_forward_length"),
     }
@@ -334,16 +391,24 @@ def _sliding(config: Any) -> dict[str, Any]:
     return {Keys.Attention.SLIDING_WINDOW: config.sliding_window} if config.sliding_window else {}
 
 
-def _gemma2_keys(config: Any) -> dict[str, Any]:
-    return _sliding(config) | {
+def _phi3_keys(config: Any) -> dict[str, Any]:
+    return {Keys.Attention.SLIDING_WINDOW: config.sliding_window or 0}  # without the key, some releases take one
+
+
+def _gemma_keys(config: Any) -> dict[str, Any]:
+    caps = {
         Keys.LLM.ATTN_LOGIT_SOFTCAPPING: config.attn_logit_softcapping,
         Keys.LLM.FINAL_LOGIT_SOFTCAPPING: config.final_logit_softcapping,
     }
+    return _sliding(config) | {key: cap for key, cap in caps.items() if cap is not None}
 
 
 def _gemma_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    divisor = keys.get("attention.key_length")
+    if keys.get("block_count") == LARGEST_GEMMA.get(keys[Keys.General.ARCHITECTURE]):
+        divisor = keys.get("embedding_length", 0) // keys.get("attention.head_count", 1)
     return {
-        "query_pre_attn_scalar": keys.get("attention.key_length"),
+        "query_pre_attn_scalar": divisor,
         "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
     }
@@ -356,11 +421,16 @@ def _check_gemma(config: Any) -> None:
     ]
     if list(config.layer_types) != wanted:
         raise FormatError(f"llama.cpp lets every {every}th layer see the whole context; this model's layers differ")
-    if config.query_pre_attn_scalar != config.head_dim:
+    divisor = config.head_dim
+    if config.num_hidden_layers == LARGEST_GEMMA[FAMILIES[config.model_type].architecture]:
+        divisor = config.hidden_size // config.num_attention_heads
+    if config.query_pre_attn_scalar != divisor:
         raise FormatError(
-            f"llama.cpp scales attention by the head size {config.head_dim}, not query_pre_attn_scalar "
+            f"llama.cpp scales attention by the head size {divisor}, not query_pre_attn_scalar "
             f"{config.query_pre_attn_scalar}"
         )
+    if config.model_type == "gemma2" and None in (config.attn_logit_softcapping, config.final_logit_softcapping):
+        raise FormatError("llama.cpp caps the logits and the attention of Gemma 2, and this model does not")
 
 
 def _phi3_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -388,27 +458,75 @@ ROTATED = {
     "self_attn.q_proj": _halves_to_pairs(lambda config: config.num_attention_heads),
     "self_attn.k_proj": _halves_to_pairs(lambda config: config.num_key_value_heads),
 }
+SILU = ("silu", "swish")
+GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has one for all
+GEMMA = {"hidden_activation": GELU, "attention_bias": (False,)}
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B models, by which llama.cpp knows that their attention is scaled in another way."""
 FAMILIES = {
-    "llama": Family("llama", ROTATED, settings=_biases),
-    "mistral": Family("llama", ROTATED),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3", settings=_biases),
+    "llama": Family(
+        "llama",
+        ROTATED,
+        ropes=("default", "linear", "yarn", "llama3"),
+        fixed={"hidden_act": SILU},
+        settings=_biases,
+    ),
+    "mistral": Family("llama", ROTATED, fixed={"hidden_act": SILU}),
+    "qwen2": Family("qwen2", fixed={"hidden_act": SILU, "use_sliding_window": (False,)}),
+    "qwen3": Family("qwen3", fixed={"hidden_act": SILU, "use_sliding_window": (False,), "attention_bias": (False,)}),
     "gemma2": Family(
-        "gemma2", norms_plus_one=True, extra_keys=_gemma2_keys, settings=_gemma_settings, check=_check_gemma
+        "gemma2",
+        norms_plus_one=True,
+        extra_keys=_gemma_keys,
+        fixed=GEMMA | {"tie_word_embeddings": (True,)},
+        settings=_gemma_settings,
+        check=_check_gemma,
     ),
     "gemma3_text": Family(
-        "gemma3", norms_plus_one=True, extra_keys=_sliding, settings=_gemma_settings, check=_check_gemma
+        "gemma3",
+        norms_plus_one=True,
+        extra_keys=_gemma_keys,
+        ropes=("default", "linear"),
+        fixed=GEMMA | {"attn_logit_softcapping": (None,)},
+        settings=_gemma_settings,
+        check=_check_gemma,
     ),
-    "phi3": Family("phi3", extra_keys=_sliding, settings=_phi3_settings),
-    "gpt2": Family("gpt2"),
-    "gpt_neox": Family("gptneox", {"query_key_value": _thirds}, extra_keys=_neox_keys, settings=_neox_settings),
+    "phi3": Family(
+        "phi3",
+        extra_keys=_phi3_keys,
+        ropes=("default", "longrope"),
+        partial=True,
+        fixed={"hidden_act": SILU},
+        settings=_phi3_settings,
+    ),
+    "gpt2": Family(
+        "gpt2",
+        fixed={
+            "activation_function": GELU,
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+        },
+    ),
+    "gpt_neox": Family(
+        "gptneox",
+        {"query_key_value": _thirds},
+        extra_keys=_neox_keys,
+        partial=True,
+        fixed={"hidden_act": GELU, "attention_bias": (True,), "tie_word_embeddings": (False,)},
+        settings=_neox_settings,
+    ),
     "falcon": Family(
         "falcon",
         {"query_key_value": _grouped},
         extra_keys=_falcon_keys,
+        fixed={"activation": GELU, "bias": (False,)},
         settings=_falcon_settings,
         check=_check_falcon,
     ),
-    "bloom": Family("bloom", {"query_key_value": _thirds}),
+    "bloom": Family(
+        "bloom",
+        {"query_key_value": _thirds},
+        fixed={"apply_residual_connection_post_layernorm": (False,)},
+    ),
 }
 """transformers' model_type -> the family. The first of an architecture is what a file of it is read as."""
