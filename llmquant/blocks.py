@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,38 +16,52 @@ LEAST_WEIGHT = 1e-8  # of a column, as a share of the largest in its span: keeps
 CHUNK = 2**20  # weights searched at once
 
 
+@dataclass(frozen=True, repr=False)
 class Block:
-    """Base of a block grid (see ``llmquant.grid.BlockGrid``): its sizes, which are the same for every weight.
+    """Base of a block grid (see ``llmquant.grid.BlockGrid``), whose sizes are the same for every weight.
 
-    All instances of a class are equal, so that weights of one type may be quantized together.
+    It is its own ``Config`` too: there is nothing to set, and all instances of a class are equal, so that weights of
+    one type may be quantized together.
+
+    fallback: what llama.cpp takes for columns that are not whole blocks; None for float16.
     """
 
     name: ClassVar[str]
     span: ClassVar[int]
     group: ClassVar[int]
     block_bytes: ClassVar[int]
+    fallback: ClassVar[type[Block] | None] = None
     per_tensor: ClassVar[bool] = False
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.span
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
     def __repr__(self) -> str:
         return self.name
 
-    def check_columns(self, cols: int) -> None:
-        """Raise ShapeError unless whole blocks fit into a row."""
+    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Block:
+        """Return the grid; ShapeError unless whole blocks fit into a row."""
         if cols % self.span:
             raise ShapeError(
                 f"{cols} columns are not a multiple of {self.span}, which {self.name} needs. Give it another grid by "
                 "a rule, or set `fallback: substitute` (the type that llama.cpp would take) or `keep`"
             )
+        return self
+
+    def substitute(self) -> tuple[str, Block] | None:
+        """Return the fallback and its name."""
+        return None if self.fallback is None else (self.fallback.name, self.fallback())
+
+
+def favour_large(w: torch.Tensor, importance: torch.Tensor, base: float) -> torch.Tensor:
+    """Return importances [n, span], times the root of (weight² + base * the span's mean square).
+
+    The least squares of few levels draws all weights towards zero, which errs in one direction. That large weights
+    count for more (as in ggml-quants.c) keeps them in place: less divergence, with and without error feedback.
+    """
+    square = w.clamp(-1e9, 1e9).square()  # no larger weight can be held
+    return importance * (base * square.mean(1, keepdim=True) + square).sqrt_()
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:

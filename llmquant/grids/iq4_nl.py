@@ -26,21 +26,10 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 STARTS = (-129.0, 114.0, -138.0, -122.0, -109.0, 122.0, 109.0, -133.0, -103.0)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class IQ4_NL(Block):  # noqa: N801
     """llama.cpp's IQ4_NL; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> IQ4_NL:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = IQ4_NL()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what IQ4_NL cannot hold stays float16."""
-
-
-class IQ4_NL(Block):  # noqa: N801
     name = "iq4_nl"
     span = 32
     group = 32
@@ -64,3 +53,6 @@ class IQ4_NL(Block):  # noqa: N801
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         return split_nibbles(blocks[:, 2:]), {"d": halves(blocks[:, :2])}
+
+
+Config = IQ4_NL

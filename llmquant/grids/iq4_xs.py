@@ -16,7 +16,6 @@ Source: ggml-common.h `block_iq4_xs`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -28,26 +27,15 @@ from llmquant.grid import Params
 from llmquant.grids import iq4_nl
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class IQ4_XS(Block):  # noqa: N801
     """llama.cpp's IQ4_XS; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> IQ4_XS:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = IQ4_XS()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, Any]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "iq4_nl", iq4_nl.Config()
-
-
-class IQ4_XS(Block):  # noqa: N801
     name = "iq4_xs"
     span = 256
     group = 32
     block_bytes = 136
+    fallback = iq4_nl.IQ4_NL
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
@@ -75,3 +63,6 @@ class IQ4_XS(Block):  # noqa: N801
         low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=2).flatten(1)
         codes = split_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).flatten(1)
         return codes, {"d": halves(blocks[:, :2]), "scale": (low | (high << 4)).view(torch.int8) - 32}
+
+
+Config = IQ4_XS

@@ -27,21 +27,10 @@ NUMBERS = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)  # how the levels 
 HIGHEST = 254  # 255 means NaN
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class MXFP4(Block):
     """llama.cpp's MXFP4; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> MXFP4:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = MXFP4()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what MXFP4 cannot hold stays float16."""
-
-
-class MXFP4(Block):
     name = "mxfp4"
     span = 32
     group = 32
@@ -69,6 +58,9 @@ class MXFP4(Block):
         number = split_nibbles(blocks[:, 1:]).long()
         number = torch.where(number == 8, 0, number)  # minus zero
         return places[number - (number > 8).long()].to(torch.uint8), {"e": blocks[:, :1]}
+
+
+Config = MXFP4
 
 
 def _power(e: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

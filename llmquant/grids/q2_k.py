@@ -21,42 +21,28 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block, half_bytes, halves
+from llmquant.blocks import Block, favour_large, half_bytes, halves
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q2_K(Block):  # noqa: N801
     """llama.cpp's Q2_K; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q2_K:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q2_K()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, q4_0.Config]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "q4_0", q4_0.Config()
-
-
-class Q2_K(Block):  # noqa: N801
     name = "q2_k"
     span = 256
     group = 16
     block_bytes = 84
+    fallback = q4_0.Q4_0
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
         return torch.arange(4, dtype=torch.float32)
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
-        # The least squares of so few levels shrinks all weights towards zero, which errs in one direction. That large
-        # weights count for more (as in ggml-quants.c) keeps them in place: less divergence with and without feedback.
-        square = w.clamp(-1e9, 1e9).square()  # no larger weight can be held
-        size = (square.mean(1, keepdim=True) + square).sqrt()
-        return offset_search.fit_super_block(w, importance * size, groups=16, top=3, sub_top=15)
+        importance = favour_large(w, importance, base=1.0)
+        return offset_search.fit_super_block(w, importance, groups=16, top=3, sub_top=15)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         return offset_search.store_super_block(scale, offset, sub_top=15)
@@ -75,3 +61,6 @@ class Q2_K(Block):  # noqa: N801
         c = packed.reshape(-1, 2, 32)
         codes = torch.stack([(c >> place) & 3 for place in (0, 2, 4, 6)], dim=2)
         return codes.flatten(1), {"d": halves(d), "dmin": halves(dmin), "scale": sub & 15, "minimum": sub >> 4}
+
+
+Config = Q2_K

@@ -16,46 +16,35 @@ Source: ggml-common.h `block_q3_K`; ggml-quants.c for the scales.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles
+from llmquant.blocks import Block, favour_large, half_bytes, halves, join_nibbles, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
 STARTS = (-4.25, -3.25, -3.75, -4.75, -4.0, -3.0, -5.5, 4.25)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q3_K(Block):  # noqa: N801
     """llama.cpp's Q3_K; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q3_K:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q3_K()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, Any]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "q4_0", q4_0.Config()
-
-
-class Q3_K(Block):  # noqa: N801
     name = "q3_k"
     span = 256
     group = 16
     block_bytes = 110
+    fallback = q4_0.Q4_0
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
         return torch.arange(-4, 4, dtype=torch.float32)
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
+        importance = favour_large(w, importance, base=2.0)
         return scale_search.fit_super_block(w, importance, self.table, STARTS, groups=16, lowest=-32)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
@@ -79,3 +68,6 @@ class Q3_K(Block):  # noqa: N801
         codes = ((low.reshape(-1, 2, 1, 32) >> pairs[:, None]) & 3).flatten(1) | (top << 2)
         u = split_nibbles(scale_low) | (((scale_high[:, None] >> pairs[:, None]) & 3).flatten(1) << 4)
         return codes, {"d": halves(d), "scale": u.view(torch.int8) - 32}
+
+
+Config = Q3_K

@@ -25,21 +25,10 @@ from llmquant.grid import Params
 STARTS = (-8.25, -7.75, -8.75, -7.25, -8.0, -7.0, -8.5, -9.25)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q4_0(Block):  # noqa: N801
     """llama.cpp's Q4_0; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q4_0:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q4_0()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what Q4_0 cannot hold stays float16."""
-
-
-class Q4_0(Block):  # noqa: N801
     name = "q4_0"
     span = 32
     group = 32
@@ -63,3 +52,6 @@ class Q4_0(Block):  # noqa: N801
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         return split_nibbles(blocks[:, 2:]), {"d": halves(blocks[:, :2])}
+
+
+Config = Q4_0

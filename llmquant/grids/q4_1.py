@@ -24,21 +24,10 @@ from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbl
 from llmquant.grid import Params
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q4_1(Block):  # noqa: N801
     """llama.cpp's Q4_1; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q4_1:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q4_1()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what Q4_1 cannot hold stays float16."""
-
-
-class Q4_1(Block):  # noqa: N801
     name = "q4_1"
     span = 32
     group = 32
@@ -62,3 +51,6 @@ class Q4_1(Block):  # noqa: N801
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         return split_nibbles(blocks[:, 4:]), {"d": halves(blocks[:, :2]), "m": halves(blocks[:, 2:4])}
+
+
+Config = Q4_1

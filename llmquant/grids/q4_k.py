@@ -28,26 +28,15 @@ from llmquant.grid import Params
 from llmquant.grids import q5_0
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q4_K(Block):  # noqa: N801
     """llama.cpp's Q4_K; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q4_K:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q4_K()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, q5_0.Config]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "q5_0", q5_0.Config()
-
-
-class Q4_K(Block):  # noqa: N801
     name = "q4_k"
     span = 256
     group = 32
     block_bytes = 144
+    fallback = q5_0.Q5_0
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
@@ -68,6 +57,9 @@ class Q4_K(Block):  # noqa: N801
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         codes = split_nibbles(blocks[:, 16:].reshape(-1, 4, 32)).flatten(1)
         return codes, unpack_params(blocks[:, :16])
+
+
+Config = Q4_K
 
 
 def pack_params(params: Params) -> UInt8[Tensor, "n 16"]:

@@ -26,21 +26,10 @@ from llmquant.grid import Params
 STARTS = (-16.0, -15.0, -16.5, -14.0, -15.75, -16.25)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q5_0(Block):  # noqa: N801
     """llama.cpp's Q5_0; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q5_0:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q5_0()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what Q5_0 cannot hold stays float16."""
-
-
-class Q5_0(Block):  # noqa: N801
     name = "q5_0"
     span = 32
     group = 32
@@ -68,3 +57,6 @@ class Q5_0(Block):  # noqa: N801
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         high = (blocks[:, 2:6, None] >> torch.arange(8, dtype=torch.uint8, device=blocks.device)) & 1
         return split_nibbles(blocks[:, 6:]) | (high.flatten(1) << 4), {"d": halves(blocks[:, :2])}
+
+
+Config = Q5_0

@@ -25,21 +25,10 @@ from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbl
 from llmquant.grid import Params
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q5_1(Block):  # noqa: N801
     """llama.cpp's Q5_1; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q5_1:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q5_1()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what Q5_1 cannot hold stays float16."""
-
-
-class Q5_1(Block):  # noqa: N801
     name = "q5_1"
     span = 32
     group = 32
@@ -68,3 +57,6 @@ class Q5_1(Block):  # noqa: N801
         high = ((blocks[:, 4:8, None] >> place) & 1).flatten(1)
         codes = split_nibbles(blocks[:, 8:]) | (high << 4)
         return codes, {"d": halves(blocks[:, :2]), "m": halves(blocks[:, 2:4])}
+
+
+Config = Q5_1

@@ -26,26 +26,15 @@ from llmquant.grids import q5_1
 from llmquant.grids.q4_k import pack_params, unpack_params
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q5_K(Block):  # noqa: N801
     """llama.cpp's Q5_K; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q5_K:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q5_K()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, q5_1.Config]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "q5_1", q5_1.Config()
-
-
-class Q5_K(Block):  # noqa: N801
     name = "q5_k"
     span = 256
     group = 32
     block_bytes = 176
+    fallback = q5_1.Q5_1
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
@@ -70,3 +59,6 @@ class Q5_K(Block):  # noqa: N801
         high = ((blocks[:, None, 16:48] >> place) & 1).flatten(1)
         codes = split_nibbles(blocks[:, 48:].reshape(-1, 4, 32)).flatten(1) | (high << 4)
         return codes, unpack_params(blocks[:, :16])
+
+
+Config = Q5_K

@@ -15,7 +15,6 @@ Source: ggml-common.h `block_q6_K`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -29,26 +28,15 @@ from llmquant.grids import q8_0
 STARTS = (-32.0, -31.0, -30.0, -29.0, -28.0, -32.5)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q6_K(Block):  # noqa: N801
     """llama.cpp's Q6_K; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q6_K:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q6_K()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> tuple[str, Any]:
-        """Return what llama.cpp takes for columns that are not whole blocks."""
-        return "q8_0", q8_0.Config()
-
-
-class Q6_K(Block):  # noqa: N801
     name = "q6_k"
     span = 256
     group = 16
     block_bytes = 210
+    fallback = q8_0.Q8_0
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
@@ -75,3 +63,6 @@ class Q6_K(Block):  # noqa: N801
         top = ((high.reshape(-1, 2, 1, 32) >> pairs[:, None]) & 3).flatten(1)
         codes = split_nibbles(low.reshape(-1, 2, 64)).flatten(1) | (top << 4)
         return codes, {"d": halves(d), "scale": scale.contiguous().view(torch.int8)}
+
+
+Config = Q6_K

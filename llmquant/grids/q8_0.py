@@ -25,21 +25,10 @@ from llmquant.grid import Params
 STARTS = (-128.0, -126.0, -127.0, -125.0, -124.0, -123.0)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, repr=False)
+class Q8_0(Block):  # noqa: N801
     """llama.cpp's Q8_0; there is nothing to set."""
 
-    def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Q8_0:
-        """Return the grid; ShapeError where the columns are not whole blocks."""
-        grid = Q8_0()
-        grid.check_columns(cols)
-        return grid
-
-    def substitute(self) -> None:
-        """Return None: what Q8_0 cannot hold stays float16."""
-
-
-class Q8_0(Block):  # noqa: N801
     name = "q8_0"
     span = 32
     group = 32
@@ -63,3 +52,6 @@ class Q8_0(Block):  # noqa: N801
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         return blocks[:, 2:] ^ 128, {"d": halves(blocks[:, :2])}
+
+
+Config = Q8_0
