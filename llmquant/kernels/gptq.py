@@ -52,19 +52,21 @@ def _round_columns(
         end = min(begin + TILE, stop)
         for i in range(len(codes)):
             c = first + i
-            for r in range(begin, end):
-                s, o = scale[i, r], offset[i, r]
+            w_, scale_, offset_ = w[c, begin:end], scale[i, begin:end], offset[i, begin:end]
+            codes_, error_ = codes[i, begin:end], error[i, begin:end]
+            for r in range(len(w_)):
+                s = scale_[r]
                 inverse = np.float32(0) if s == 0 else np.float32(1) / s
-                x = (w[c, r] - o) * inverse
+                x = (w_[r] - offset_[r]) * inverse
                 code = 0
                 if uniform:
                     code = int(min(max(np.ceil(x - middles[0]), np.float32(0)), np.float32(top)))
                 else:
                     for k in range(top):
                         code += x > middles[k]
-                codes[i, r] = code
-                error[i, r] = (w[c, r] - (s * table[code] + o)) / factor[c, c]
+                codes_[r] = code
+                error_[r] = (w_[r] - (s * table[code] + offset_[r])) / factor[c, c]
             for j in range(c + 1, len(w)):
-                f = factor[c, j]
-                for r in range(begin, end):
-                    w[j, r] -= f * error[i, r]
+                f, w_ = factor[c, j], w[j, begin:end]
+                for r in range(len(w_)):
+                    w_[r] -= f * error_[r]
