@@ -3,6 +3,8 @@
 Every function takes rows of values and returns one range a row; the same rows
 may be weights or samples of activations. Zero always lies in the range, so that
 it is a level. A narrow range makes finer steps and clips the largest values.
+A symmetric range [-high, high] has ``levels / 2`` steps of the same size on either
+side of zero, of which the last above zero has no level.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def mse(x: Float[Tensor, "n values"], symmetric: bool, importance: Float[Tensor,
     low, high = minmax(x, symmetric)
     if not symmetric:
         low = with_a_level_below_zero(low, high, levels)
-    whole = ((high - low) / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
+    whole = (high / (levels / 2) if symmetric else (high - low) / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.full_like(low, levels // 2) if symmetric else (-low / whole).round().clamp(min=1)
     best = torch.full_like(low, torch.inf)
     best_share = torch.ones_like(low)

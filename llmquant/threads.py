@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,8 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Yield ``work(item)`` of every item, in order, computed by as many threads as torch is told to use.
 
     Each of them runs torch's operations alone: threads that meet after every
-    operation wait for the slowest each time.
+    operation wait for the slowest each time. No more than three results a thread
+    wait to be taken.
     """
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
@@ -26,6 +28,12 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(work, items)
+            waiting: deque[Future[R]] = deque()
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == 3 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
     finally:
         torch.set_num_threads(before)

@@ -7,24 +7,44 @@ a Hessian that cannot be factorised climbs a ladder of dampings, never falls bac
 to plain rounding; a column without activations is rounded to its nearest level
 instead of being set to zero; with act-order all scales are fixed beforehand, so
 groups stay contiguous and no file needs a column index.
+
+After the columns, two ways to a smaller error, both judged by the error itself,
+tr((Q - W) H (Q - W)ᵀ) with the damped Hessian, row by row, so that no row gets worse:
+
+``scale_search`` goes through the columns once more, one whole span after the other.
+A span's scales are tried at some multiples, each with the feedback inside the span
+on the weights as the spans before it left them. The loss of GPTQ is the sum of the
+squared errors over U's diagonal, so what a multiple costs is known at once, clipped
+weights and all that can still absorb it included.
+
+``sweeps`` visits the spans again with all other columns held (block coordinate
+descent). Around their errors, a span's own error is a quadratic whose minimum lies
+off the original weights by - H_BB⁻¹ (H (Q - W))_B: rounding towards it is GPTQ again.
+Compare CDQuant, Nair and Suggala 2024, https://arxiv.org/abs/2406.17542, which
+changes codes only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from llmquant import kernels
 from llmquant.errors import CalibrationError
-from llmquant.grid import Grid, Params, QuantizedTensor, fit_all, nearest, per_column
+from llmquant.grid import Grid, Params, QuantizedTensor, dequantize, fit_all, nearest, per_column
 from llmquant.kernels import gptq as kernel
 from llmquant.stats import Needs, Stats
 
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
+MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
+
+STRIP = 32  # columns of a span updated together: its rows are many and its columns few
+HELD = 128  # columns that a sweep rounds together where no span limits them
 
 
 @dataclass(frozen=True)
@@ -37,18 +57,28 @@ class Config:
         column is rounded. Off: a group's scale is fitted when its first column
         is reached, to weights that already absorb errors. ``actorder`` implies it.
     block_size: columns updated together; changes speed, not the result.
+    scale_search: visit the columns a second time, span by span, with scales tried
+        at some multiples; each row keeps the better of both results.
+    sweeps: how often every span is rounded again with all other columns held, its
+        scales tried at the same multiples.
+
+    A grid with one set of parameters for all rows keeps them: its sweeps change codes only.
     """
 
     dampening_frac: float = 0.01
     actorder: bool = False
     static_groups: bool = False
     block_size: int = 128
+    scale_search: bool = True
+    sweeps: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.dampening_frac <= 1:
             raise ValueError(f"dampening_frac is {self.dampening_frac}, not in [0, 1]")
         if self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}, not positive")
+        if self.sweeps < 0:
+            raise ValueError(f"sweeps is {self.sweeps}, negative")
 
 
 def needs(config: Config) -> Needs:
@@ -107,8 +137,13 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
         w_t[stop:].addmm_(factor[start:stop, stop:].T, error, alpha=-1)
 
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
-    back = torch.empty_like(order).scatter_(0, order, _in_order(w))
-    return QuantizedTensor(grid, codes[back].T.contiguous(), params, {"damping": damping})
+    q = QuantizedTensor(grid, codes[_inverse(order)].T.contiguous(), params, {"damping": damping})
+    hessian = _damped(stats.hessian, damping)
+    if config.scale_search and not grid.per_tensor and grid.span < w.shape[1]:
+        q = _better_rows(w, hessian.to(w.dtype), q, _by_spans(w, importance, hessian, grid))
+    if config.sweeps:
+        q = _swept(w, hessian, q, config)
+    return q
 
 
 def round_columns(
@@ -134,8 +169,145 @@ def round_columns(
         w[c + 1 :].addr_(factor[c, c + 1 :], error[i], alpha=-1)
 
 
+def _by_spans(
+    w: Float[Tensor, "rows cols"],
+    importance: Float[Tensor, " cols"],
+    hessian: Float[Tensor, "cols cols"],
+    grid: Grid,
+) -> QuantizedTensor:
+    """Return codes and searched scales: the columns of a span one after the other, those that matter most first."""
+    of_span = importance.view(-1, grid.span)
+    first = of_span.mean(1).argsort(descending=True, stable=True)
+    inside = of_span.argsort(dim=1, descending=True, stable=True)
+    order = (first[:, None] * grid.span + inside[first]).flatten()
+    factor = _upper(hessian[order][:, order]).to(w.dtype)
+    fitted = fit_all(grid, w, importance)
+    params = {name: value.clone() for name, value in fitted.items()}
+    w_t = w.T[order].contiguous()
+    codes = torch.empty_like(w, dtype=torch.uint8)
+    for place, span in enumerate(first.tolist()):
+        start, stop = place * grid.span, (place + 1) * grid.span
+        block = factor[start:stop, start:stop].contiguous()
+        given = {name: value[:, span] for name, value in fitted.items()}
+        trial = _search(w_t[start:stop], inside[span], block, grid, given)
+        codes[:, order[start:stop]] = trial.codes.T
+        for name, value in trial.params.items():
+            params[name][:, span] = value
+        w_t[stop:].addmm_(factor[start:stop, stop:].T, trial.error, alpha=-1)
+    return QuantizedTensor(grid, codes, params)
+
+
+def _swept(
+    w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"], q: QuantizedTensor, config: Config
+) -> QuantizedTensor:
+    """Return the result of rounding every span again, ``config.sweeps`` times, with all other columns held."""
+    grid, of = q.grid, hessian.to(w.dtype)
+    params = {name: value.clone() for name, value in q.params.items()}
+    codes = q.codes.T.contiguous()
+    error = (dequantize(q).to(w.dtype) - w).T.contiguous()
+    width = min(grid.span, HELD) if grid.per_tensor else grid.span
+    blocks = [slice(start, min(start + width, len(of))) for start in range(0, len(of), width)]
+    orders = [hessian.diagonal()[block].argsort(descending=True, stable=True) for block in blocks]
+    factors = [_upper(hessian[b, b][order][:, order]) for b, order in zip(blocks, orders, strict=True)]
+    for _ in range(config.sweeps):
+        for block, order, factor in zip(blocks, orders, factors, strict=True):
+            slope = (of[block] @ error)[order]
+            upper = factor.to(w.dtype)
+            away = upper @ slope  # U slope: its squares sum to the loss above the minimum, Uᵀ of it leads there
+            target = w.T[block][order] + error[block][order] - upper.T @ away
+            at = block.start // grid.span
+            given = {name: value[:, at] for name, value in params.items()}
+            trial = _search(target, order + block.start % grid.span, upper, grid, given)
+            better = trial.error.square().sum(0) < away.square().sum(0)
+            here = torch.arange(block.start, block.stop, device=w.device)[order]
+            codes[here] = torch.where(better, trial.codes, codes[here])
+            error[here] = torch.where(better, trial.values - w.T[here], error[here])
+            for name, value in trial.params.items():
+                params[name][:, at] = torch.where(better[:, None], value, params[name][:, at])
+    return QuantizedTensor(grid, codes.T.contiguous(), params, q.record)
+
+
+class _Trial(NamedTuple):
+    """A span's columns in the order of their visit, rounded: codes, values, errors over U's diagonal; parameters."""
+
+    codes: UInt8[Tensor, "span rows"]
+    values: Float[Tensor, "span rows"]
+    error: Float[Tensor, "span rows"]
+    params: Params
+
+
+def _search(
+    w_t: Float[Tensor, "span rows"],
+    order: Int64[Tensor, " span"],
+    factor: Float[Tensor, "span span"],
+    grid: Grid,
+    given: Params,
+) -> _Trial:
+    """Return the span rounded with feedback at that multiple of the given scales which costs each row least."""
+    best: _Trial | None = None
+    for multiple in MULTIPLES[:1] if grid.per_tensor else MULTIPLES:
+        params = given
+        if multiple != 1:
+            params = grid.store(*(value * multiple for value in grid.levels(given)))
+        trial = _rounded(w_t, order, factor, grid, params)
+        if best is None:
+            best = trial
+            continue
+        better = trial.error.square().sum(0) < best.error.square().sum(0)
+        best = _Trial(
+            torch.where(better, trial.codes, best.codes),
+            torch.where(better, trial.values, best.values),
+            torch.where(better, trial.error, best.error),
+            {name: torch.where(better[:, None], value, best.params[name]) for name, value in params.items()},
+        )
+    assert best is not None
+    return best
+
+
+def _rounded(
+    w_t: Float[Tensor, "span rows"],
+    order: Int64[Tensor, " span"],
+    factor: Float[Tensor, "span span"],
+    grid: Grid,
+    params: Params,
+) -> _Trial:
+    scale, offset = (
+        value.to(w_t.dtype).repeat_interleave(grid.group, 1).T[order].contiguous() for value in grid.levels(params)
+    )
+    table = grid.table.to(w_t.device, w_t.dtype)
+    left, error, codes = w_t.clone(), torch.empty_like(w_t), torch.empty_like(w_t, dtype=torch.uint8)
+    for start in range(0, len(left), STRIP):
+        b = slice(start, min(start + STRIP, len(left)))
+        _advance(w_t)(left[b], scale[b], offset[b], table, factor[b, b], codes[b], error[b], 0)
+        left[b.stop :].addmm_(factor[b, b.stop :].T, error[b], alpha=-1)
+    return _Trial(codes, scale * table[codes.long()] + offset, error, params)
+
+
+def _better_rows(
+    w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"], first: QuantizedTensor, second: QuantizedTensor
+) -> QuantizedTensor:
+    """Return of each row the quantization with the smaller error."""
+    losses = []
+    for q in (first, second):
+        delta = dequantize(q).to(w.dtype) - w
+        losses.append(((delta @ hessian) * delta).sum(1))
+    better = losses[1] < losses[0]
+    params = {
+        name: torch.where(better[:, None, None], second.params[name], value) for name, value in first.params.items()
+    }
+    return QuantizedTensor(first.grid, torch.where(better[:, None], second.codes, first.codes), params, first.record)
+
+
+def _advance(w: Tensor) -> Callable[..., None]:
+    return kernel.round_columns if w.device.type == "cpu" and w.dtype == torch.float32 else round_columns
+
+
 def _in_order(w: Tensor) -> Tensor:
     return torch.arange(w.shape[1], device=w.device)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _blocks(cols: int, span: int, width: int) -> Iterator[tuple[int, int]]:
@@ -152,28 +324,42 @@ def _blocks(cols: int, span: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _inverse_factor(hessian: Float[Tensor, "cols cols"], damp: float) -> tuple[Float[Tensor, "cols cols"], float]:
-    """Return upper U with UᵀU = inverse(hessian + d * mean diagonal), float64, and the damping d that was used.
+    """Return upper U with UᵀU = inverse(hessian + d * mean diagonal), float64, and the damping d that was used."""
+    if not torch.isfinite(hessian.diagonal().double().mean()):
+        raise CalibrationError("its activations are not finite on the calibration text")
+    while True:
+        lower, info = torch.linalg.cholesky_ex(_damped(hessian, damp).flip(0, 1))
+        if info == 0:
+            return _upper_of(lower), damp
+        if damp >= 1:
+            raise CalibrationError(
+                f"its Hessian of {len(hessian)} columns is not positive definite at any damping up to {damp:g}. "
+                "Use more calibration tokens (calibration.sequences, calibration.length)"
+            )
+        damp = min(max(damp * LADDER, 1e-6), 1.0)
+
+
+def _damped(hessian: Float[Tensor, "cols cols"], damp: float) -> Float[Tensor, "cols cols"]:
+    """Return hessian + damp * mean diagonal, float64; a column without activations stands alone."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    diagonal += damp * mean
+    return damped
+
+
+def _upper(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """Return upper U with UᵀU = inverse(hessian), float64, of a matrix that is known to be positive definite."""
+    return _upper_of(torch.linalg.cholesky(hessian.flip(0, 1)))
+
+
+def _upper_of(lower: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """Return U from the factor L of the Hessian with its columns reversed.
 
     With the columns reversed, hessian = L Lᵀ; reversed back, hessian = R Rᵀ with R
     upper triangular, so U = R⁻¹.
     """
-    reversed_ = hessian.double().flip(0, 1)
-    diagonal = reversed_.diagonal()
-    mean = diagonal.mean()
-    if not torch.isfinite(mean):
-        raise CalibrationError("its activations are not finite on the calibration text")
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0  # a column without activations stands alone
-    while True:
-        damped = reversed_ + torch.diag((damp * mean).expand(len(diagonal)))
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info == 0:
-            break
-        if damp >= 1:
-            raise CalibrationError(
-                f"its Hessian of {len(diagonal)} columns is not positive definite at any damping up to {damp:g}. "
-                "Use more calibration tokens (calibration.sequences, calibration.length)"
-            )
-        damp = min(max(damp * LADDER, 1e-6), 1.0)
-    one = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, one, upper=False)
-    return upper.flip(0, 1), damp
+    one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+    return upper.flip(0, 1)

@@ -108,20 +108,33 @@ class Affine:
         return self.bits + (8 * self.scale_dtype.itemsize + zero_bits) / self.weights_per_scale
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
-        """Cover the range that the observer chooses. Zero is always a level."""
+        """Cover the range that the observer chooses. Zero is always a level.
+
+        Symmetric codes have one level more below zero than above: the sign of the
+        scale turns it to the side of the weight of largest magnitude.
+        """
+        levels = 2**self.bits
+        if self.symmetric:
+            largest = w.gather(1, w.abs().argmax(1, keepdim=True))
+            side = torch.where(largest > 0, -1.0, 1.0).to(w.dtype)
+            low, high = self._range(side * w, importance)
+            return self.store(side * high / (levels / 2), low)
+        low, high = self._range(w, importance)
+        # `store` has no zero point 0: without this the largest weights were cut by a step
+        low = ranges.with_a_level_below_zero(low, high, levels)
+        return self.store((high - low) / (levels - 1), low)
+
+    def _range(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> ranges.Range:
         levels = 2**self.bits
         match self.config.observer:
             case "minmax":
-                low, high = ranges.minmax(w, self.symmetric)
+                return ranges.minmax(w, self.symmetric)
             case "percentile":
-                low, high = ranges.percentile(w, self.symmetric, self.config.percentile)
+                return ranges.percentile(w, self.symmetric, self.config.percentile)
             case "mse":
-                low, high = ranges.mse(w, self.symmetric, importance, levels)
+                return ranges.mse(w, self.symmetric, importance, levels)
             case "kl":
-                low, high = ranges.kl(w, self.symmetric, levels)
-        if not self.symmetric:  # `store` has no zero point 0: without this the largest weights were cut by a step
-            low = ranges.with_a_level_below_zero(low, high, levels)
-        return self.store((high - low) / (levels - 1), low)
+                return ranges.kl(w, self.symmetric, levels)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         """Round scales to their dtype and offsets to a whole zero point of at least 1.

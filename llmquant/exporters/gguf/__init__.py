@@ -7,8 +7,9 @@ what the recipe leaves float stays in the model's dtype. Vectors are float32.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, RecipeError
 from llmquant.exporters.gguf import families, general, mixtures, vocabulary, writer
 from llmquant.grid import BlockGrid, Grid, QuantizedTensor
+from llmquant.plan import PIECE
 
 if TYPE_CHECKING:
     from llmquant.checkpoint import Checkpoint
@@ -149,17 +151,17 @@ def write(
     ]
     tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
 
-    def data() -> Iterator[Tensor]:
+    def data() -> Iterator[Iterable[Tensor]]:
         for i, entry in enumerate(layout.entries):
             tell(i, len(tensors))
             linear = linears.get(entry.source)
             if linear is not None and linear.grid is not None:
-                blocks = torch.cat(list(source.pieces(linear, lambda q: pack(q)[""].cpu())))
-                yield (blocks if entry.rows is None else blocks[entry.rows]).contiguous()
+                blocks = source.pieces(linear, lambda q: pack(q)[""].cpu())
+                yield blocks if entry.rows is None else [torch.cat(list(blocks))[entry.rows]]
             else:
                 yield _float_data(plan, checkpoint, entry, tensors[i])
         for value in layout.extra.values():
-            yield value.contiguous().view(torch.uint8)
+            yield [value.contiguous().view(torch.uint8)]
         tell(len(tensors), len(tensors))
 
     metadata = general.metadata(checkpoint.folder, checkpoint.config, layout.architecture, plan.weights)
@@ -172,17 +174,22 @@ def write(
     return sum(path.stat().st_size for path in files)
 
 
-def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Tensor:
-    """Return the bytes of a tensor that stays float."""
-    tied = entry.source not in checkpoint
-    value = checkpoint.read(f"{plan.spec.embed}.weight" if tied else entry.source)
-    if value.shape != stored.shape:  # stored by columns
-        value = value.T
-    if entry.rows is not None:
-        value = value[entry.rows]
-    if entry.plus_one:
-        value = value.float() + 1
-    return value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
+def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Iterator[Tensor]:
+    """Yield the bytes of a tensor that stays float, some rows at a time where it can be read so."""
+    name = entry.source if entry.source in checkpoint else f"{plan.spec.embed}.weight"
+    rows = stored.shape[0]
+    by_columns = checkpoint.infos[name].shape != stored.shape
+    whole = by_columns or entry.rows is not None
+    step = rows if whole else max(PIECE * rows // math.prod(stored.shape), 1)
+    for start in range(0, rows, step):
+        value = checkpoint.read(name, None if whole else (start, start + step))
+        if by_columns:
+            value = value.T
+        if entry.rows is not None:
+            value = value[entry.rows]
+        if entry.plus_one:
+            value = value.float() + 1
+        yield value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
 
 
 def _type(plan: Plan, name: str, linears: Mapping[str, Linear]) -> str:

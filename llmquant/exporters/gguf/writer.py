@@ -1,12 +1,12 @@
-"""Write a GGUF file, or numbered shards, with at most one tensor in memory (the container is the gguf package's)."""
+"""Write a GGUF file, or numbered shards, without a whole tensor in memory (the container is the gguf package's)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
@@ -33,12 +33,13 @@ def write(
     path: Path,
     metadata: Mapping[str, Any],
     tensors: Sequence[Stored],
-    data: Iterator[Tensor],
+    data: Iterator[Iterable[Tensor]],
     split_bytes: int = 0,
 ) -> list[Path]:
     """Write ``path``, or shards beside it named after it, and return their paths.
 
-    metadata: with "general.architecture". data: the bytes of every tensor in turn (uint8), in the order of ``tensors``.
+    metadata: with "general.architecture". data: the bytes of every tensor in turn (uint8), some rows at a time, in the
+        order of ``tensors``.
     split_bytes: the most bytes of tensors in one shard; 0 for one file.
     """
     writer = GGUFWriter(path, metadata[Keys.General.ARCHITECTURE], split_max_size=split_bytes)
@@ -52,13 +53,30 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, raw in zip(tensors, data, strict=True):
-            if raw.nbytes != tensor.bytes:
-                raise FormatError(f"{tensor.name}: {raw.nbytes} bytes instead of {tensor.bytes}")
-            writer.write_tensor_data(raw.numpy())
+        for tensor, pieces in zip(tensors, data, strict=True):
+            writer.write_tensor_data(_Streamed(tensor, pieces))
     finally:
         writer.close()
     return sorted(path.parent.glob(f"{path.stem}*.gguf"))
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """What the package's writer asks of an array, for one that is never in memory as a whole."""
+
+    tensor: Stored
+    pieces: Iterable[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.bytes
+
+    def tofile(self, file: BinaryIO) -> None:
+        written = 0
+        for piece in self.pieces:
+            written += file.write(piece.numpy().data)
+        if written != self.tensor.bytes:
+            raise FormatError(f"{self.tensor.name}: {written} bytes instead of {self.tensor.bytes}")
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
