@@ -149,7 +149,7 @@ def write(model, folder):
         **layout.metadata,
     }
     stored = [writer.Stored(name, tuple(value.shape), "f32") for name, value in values.items()]
-    data = (value.contiguous().view(-1).view(torch.uint8) for value in values.values())
+    data = ([value.contiguous().view(-1).view(torch.uint8)] for value in values.values())
     (path,) = writer.write(folder / "model.gguf", metadata, stored, data)
     return path
 
