@@ -105,7 +105,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of every program, each on another choice of sequences"
+    )
+    parser.add_argument("--actorder-only", action="store_true", help="each program with its best setting only")
     parser.add_argument("--max-tokens", type=int, default=20480)
     parser.add_argument("--check-load", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -116,43 +119,50 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = data.Calibration(path=args.calib, sequences=args.sequences, length=args.length)
         tokenizer = data.load_tokenizer(args.model)
         context = Stream(open_model(args.model), torch.device("cpu"), weights=False).context
-        text = data.calibration_tokens(source, tokenizer, context)
-        save_file({"tokens": text.tokens}, folder / "tokens.safetensors")
 
-        def ours(*changes: str) -> list[str]:
+        def ours(seed: int, *changes: str) -> list[str]:
             changes = (
                 f"calibration.path={args.calib}",
                 f"calibration.sequences={args.sequences}",
                 f"calibration.length={args.length}",
+                f"calibration.seed={seed}",
                 *changes,
             )
             sets = [x for change in changes for x in ("--set", change)]
-            return [sys.executable, "-m", "llmquant", "quantize", str(args.model), "gptq-w4g128", *sets, "--no-eval"]
+            command = [sys.executable, "-m", "llmquant", "quantize", str(args.model), "gptq-w4g128", *sets, "--no-eval"]
+            return [*command, "--out", "OUT"]
 
-        def theirs(python: str, script: str, settings: dict[str, object]) -> list[str]:
+        def theirs(seed: int, python: str, script: str, settings: dict[str, object]) -> list[str]:
             path = folder / f"{len(list(folder.glob('*.py')))}.py"
             path.write_text(script)
-            tokens = str(folder / "tokens.safetensors")
-            return [python, str(path), str(args.model), tokens, "OUT", args.peer_dtype, json.dumps(settings)]
+            return [python, str(path), str(args.model), str(tokens(seed)), "OUT", args.peer_dtype, json.dumps(settings)]
 
-        runs = {"llmquant": ours(), "llmquant no actorder": ours("algorithm.actorder=false")}
-        if args.gptqmodel:
-            setting: dict[str, object] = {"bits": 4, "group_size": 128, "sym": True}
-            runs["GPTQModel"] = theirs(args.gptqmodel, GPTQMODEL, setting)
-            runs["GPTQModel desc_act"] = theirs(args.gptqmodel, GPTQMODEL, setting | {"desc_act": True})
-        if args.llmcompressor:
-            runs["llm-compressor"] = theirs(args.llmcompressor, LLMCOMPRESSOR, {})
-            runs["llm-compressor no actorder"] = theirs(args.llmcompressor, LLMCOMPRESSOR, {"actorder": None})
+        def tokens(seed: int) -> Path:
+            return folder / f"tokens-{seed}.safetensors"
+
+        def programs(seed: int) -> dict[str, list[str]]:
+            runs = {"llmquant": ours(seed), "llmquant no actorder": ours(seed, "algorithm.actorder=false")}
+            if args.gptqmodel:
+                setting: dict[str, object] = {"bits": 4, "group_size": 128, "sym": True}
+                runs["GPTQModel no desc_act"] = theirs(seed, args.gptqmodel, GPTQMODEL, setting)
+                runs["GPTQModel desc_act"] = theirs(seed, args.gptqmodel, GPTQMODEL, setting | {"desc_act": True})
+            if args.llmcompressor:
+                runs["llm-compressor"] = theirs(seed, args.llmcompressor, LLMCOMPRESSOR, {})
+                runs["llm-compressor no actorder"] = theirs(seed, args.llmcompressor, LLMCOMPRESSOR, {"actorder": None})
+            return {name: run for name, run in runs.items() if " no " not in name or not args.actorder_only}
+
+        runs = programs(0)
         seconds: dict[str, list[float]] = {run: [] for run in runs}
         processor: dict[str, list[float]] = {run: [] for run in runs}
-        for turn in range(args.repeat):
-            for run, command in runs.items():
-                out = folder / f"{run}-{turn}".replace(" ", "-")
+        for seed in range(args.seeds):
+            source = data.Calibration(path=args.calib, sequences=args.sequences, length=args.length, seed=seed)
+            text = data.calibration_tokens(source, tokenizer, context)
+            save_file({"tokens": text.tokens}, tokens(seed))
+            for run, command in programs(seed).items():
+                out = folder / f"{run}-{seed}".replace(" ", "-")
                 command = [str(out) if word == "OUT" else word for word in command]
-                command += ["--out", str(out)] if run.startswith("llmquant") else []
                 started, before = time.monotonic(), children_seconds()
                 # GPTQModel leaves a folder `logs` wherever it runs
                 place = None if run.startswith("llmquant") else folder
@@ -178,13 +188,23 @@ def main() -> None:
         base = statistics.median(seconds["llmquant"])
         rows, facts = [], []
         for run in runs:
-            row = evaluation.evaluate(folder / f"{run}-0".replace(" ", "-"), windows, reference, run)
+            found = [
+                evaluation.evaluate(folder / f"{run}-{seed}".replace(" ", "-"), windows, reference, run)
+                for seed in range(args.seeds)
+            ]
             median = statistics.median(seconds[run])
             busy = statistics.median(processor[run])
             times = {"seconds": seconds[run], "processor_seconds": processor[run]}
-            facts.append(row.as_dict() | times | {"command": runs[run]})
-            kld = f"{row.kld_mean:.6f} ± {row.kld_error:.6f}"
-            quality = [kld, f"{row.kld_p99:.5f}", f"{row.top1:.2%}", f"{row.perplexity:.3f}"]
+            facts.append({"run": run, "rows": [row.as_dict() for row in found], "command": runs[run], **times})
+
+            def mean(key: str, found: list[evaluation.Row] = found) -> float:
+                return statistics.mean(getattr(row, key) for row in found)
+
+            error = found[0].kld_error
+            if args.seeds > 1:
+                error = statistics.stdev(row.kld_mean for row in found) / args.seeds**0.5
+            quality = [f"{mean('kld_mean'):.6f} ± {error:.6f}", f"{mean('kld_p99'):.5f}", f"{mean('top1'):.2%}"]
+            quality.append(f"{mean('perplexity'):.3f}")
             rows.append([run, *quality, f"{median:.1f}", f"{median / base:.2f}", f"{busy:.1f}"])
             print(*rows[-1], flush=True)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -199,7 +219,8 @@ def main() -> None:
             f"# GPTQ w4g128, symmetric, {args.model.name}: the same tokens in three programs",
             "",
             f"Commit {commit.stdout.strip()}; {named}, computing in {args.peer_dtype}; {args.sequences} sequences of "
-            f"{args.length} tokens of {args.calib.name}; {args.threads} thread(s), median of {args.repeat}. "
+            f"{args.length} tokens of {args.calib.name}, {args.seeds} choices of them (KLD: mean over them ± its standard "
+            f"error; times: median); {args.threads} thread(s). "
             f"Protocol: {windows.label}.",
             "",
             markdown(columns, rows),
