@@ -198,11 +198,11 @@ def main() -> None:
             facts.append({"run": run, "rows": [row.as_dict() for row in found], "command": runs[run], **times})
 
             def mean(key: str, found: list[evaluation.Row] = found) -> float:
-                return statistics.mean(getattr(row, key) for row in found)
+                return statistics.mean(float(getattr(row, key)) for row in found)
 
             error = found[0].kld_error
             if args.seeds > 1:
-                error = statistics.stdev(row.kld_mean for row in found) / args.seeds**0.5
+                error = statistics.stdev(row.kld_mean or 0.0 for row in found) / args.seeds**0.5
             quality = [f"{mean('kld_mean'):.6f} ± {error:.6f}", f"{mean('kld_p99'):.5f}", f"{mean('top1'):.2%}"]
             quality.append(f"{mean('perplexity'):.3f}")
             rows.append([run, *quality, f"{median:.1f}", f"{median / base:.2f}", f"{busy:.1f}"])
@@ -219,8 +219,8 @@ def main() -> None:
             f"# GPTQ w4g128, symmetric, {args.model.name}: the same tokens in three programs",
             "",
             f"Commit {commit.stdout.strip()}; {named}, computing in {args.peer_dtype}; {args.sequences} sequences of "
-            f"{args.length} tokens of {args.calib.name}, {args.seeds} choices of them (KLD: mean over them ± its standard "
-            f"error; times: median); {args.threads} thread(s). "
+            f"{args.length} tokens of {args.calib.name}, {args.seeds} choices of them (KLD: mean over them ± its "
+            f"standard error; times: median); {args.threads} thread(s). "
             f"Protocol: {windows.label}.",
             "",
             markdown(columns, rows),

@@ -60,8 +60,8 @@ def favour_large(w: torch.Tensor, importance: torch.Tensor, base: float) -> torc
     The least squares of few levels draws all weights towards zero, which errs in one direction. That large weights
     count for more (as in ggml-quants.c) keeps them in place: less divergence, with and without error feedback.
     """
-    square = w.clamp(-1e9, 1e9).square()  # no larger weight can be held
-    return importance * (base * square.mean(1, keepdim=True) + square).sqrt_()
+    square = w.square()
+    return square.add_(base * square.mean(1, keepdim=True)).clamp_(max=1e18).sqrt_().mul_(importance)
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:
@@ -96,6 +96,19 @@ def join_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
     """Return the 4-bit codes of bytes: the inverse of ``join_nibbles``."""
     return torch.cat([raw & 15, raw >> 4], dim=-1)
+
+
+def join_bits(parts: torch.Tensor, width: int) -> torch.Tensor:
+    """Return bytes [..., k] of codes [..., 8 / width, k] of ``width`` bits, the first lowest."""
+    joined = parts[..., 0, :].clone()
+    for i in range(1, 8 // width):
+        joined |= parts[..., i, :] << (width * i)
+    return joined
+
+
+def split_bits(raw: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the codes [..., 8 / width, k] of bytes [..., k]: the inverse of ``join_bits``."""
+    return torch.stack([(raw >> place) & (2**width - 1) for place in range(0, 8, width)], dim=-2)
 
 
 def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:

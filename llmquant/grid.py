@@ -108,10 +108,13 @@ class QuantizedTensor:
 def nearest(
     table: Float[Tensor, " levels"],
     w: Float[Tensor, "*shape"],
-    scale: Float[Tensor, "*shape"],
-    offset: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*_"],
+    offset: Float[Tensor, "*_"],
 ) -> UInt8[Tensor, "*shape"]:
-    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
+    """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0).
+
+    scale, offset: of the weights' shape, or with a last dimension of 1.
+    """
     middles = (table[1:] + table[:-1]) / 2
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     return torch.bucketize((w - offset) * inverse, middles).to(torch.uint8)
@@ -120,10 +123,10 @@ def nearest(
 def encode(
     grid: Grid,
     w: Float[Tensor, "*shape"],
-    scale: Float[Tensor, "*shape"],
-    offset: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*_"],
+    offset: Float[Tensor, "*_"],
 ) -> UInt8[Tensor, "*shape"]:
-    """Return the code of the level nearest to each weight."""
+    """Return the code of the level nearest to each weight; scale and offset as for ``nearest``."""
     find = kernel.nearest if kernels.suit(w) else nearest
     return find(grid.table.to(w.device, w.dtype), w, scale, offset)
 
@@ -131,10 +134,10 @@ def encode(
 def decode(
     grid: Grid,
     codes: UInt8[Tensor, "*shape"],
-    scale: Float[Tensor, "*shape"],
-    offset: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*_"],
+    offset: Float[Tensor, "*_"],
 ) -> Float[Tensor, "*shape"]:
-    """Return the weights that the codes stand for."""
+    """Return the weights that the codes stand for; scale and offset as for ``nearest``."""
     table = grid.table.to(scale.device)
     if kernels.suit(scale):
         return kernel.decode(table, codes, scale, offset)
@@ -162,9 +165,16 @@ def per_column(grid: Grid, params: Params) -> tuple[Float[Tensor, "rows cols"], 
     )
 
 
+def encode_all(grid: Grid, w: Float[Tensor, "rows cols"], params: Params) -> UInt8[Tensor, "rows cols"]:
+    """Return the codes of a matrix on stored parameters."""
+    scale, offset = (level[..., None] for level in grid.levels(params))
+    return encode(grid, w.reshape(*scale.shape[:-1], grid.group), scale, offset).view(w.shape)
+
+
 def dequantize(q: QuantizedTensor) -> Float[Tensor, "rows cols"]:
     """Return the float weights that a runtime will compute from ``q``."""
-    return decode(q.grid, q.codes, *per_column(q.grid, q.params))
+    scale, offset = (level[..., None] for level in q.grid.levels(q.params))
+    return decode(q.grid, q.codes.reshape(*scale.shape[:-1], q.grid.group), scale, offset).view(q.codes.shape)
 
 
 def rows_of(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

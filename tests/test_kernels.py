@@ -73,6 +73,18 @@ def test_codes_are_those_of_the_plain_twin(table, n):
     assert torch.equal(grid_kernel.decode(table, codes, scale, offset), scale * table[codes.long()] + offset)
 
 
+@pytest.mark.parametrize("size", [16, 32, 300])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_groups_with_one_scale_are_encoded_and_decoded_as_by_the_plain_twin(table, size):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(70, 9, size, generator=generator)
+    scale, offset = torch.randn(2, 70, 9, 1, generator=generator)
+    scale[::7] = 0
+    codes = grid_kernel.nearest(table, w, scale, offset)
+    assert (codes == grid.nearest(table, w, scale, offset)).float().mean() > 0.999
+    assert torch.equal(grid_kernel.decode(table, codes, scale, offset), scale * table[codes.long()] + offset)
+
+
 def test_columns_of_a_larger_matrix_are_encoded_like_a_copy_of_them():
     w, scale, offset = torch.randn(3, 40, 90, generator=torch.Generator().manual_seed(0))[:, :, 11:70]
     table = TABLES["16 even levels"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from llmquant.grid import Grid, QuantizedTensor, encode, fit_all, per_column
+from llmquant.grid import Grid, QuantizedTensor, encode_all, fit_all
 from llmquant.stats import Needs, Stats
 
 
@@ -30,4 +30,4 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     """Return the nearest codes on scales fitted to the weights alone."""
     w = w.float()
     params = fit_all(grid, w, stats.square_mean)
-    return QuantizedTensor(grid, encode(grid, w, *per_column(grid, params)), params)
+    return QuantizedTensor(grid, encode_all(grid, w, params), params)

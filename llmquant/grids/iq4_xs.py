@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles
+from llmquant.blocks import Block, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import iq4_nl
 
@@ -52,14 +52,12 @@ class IQ4_XS(Block):  # noqa: N801
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         u = (params["scale"] + 32).view(torch.uint8)
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=u.device)
-        high = ((u >> 4).view(-1, 2, 4) << shifts).sum(2, dtype=torch.uint8)
+        high = join_bits((u >> 4).view(-1, 2, 4).mT, 2)
         low = (u[:, 0::2] & 15) | (u[:, 1::2] << 4)
         return torch.cat([half_bytes(params["d"]), high, low, join_nibbles(codes.view(-1, 8, 32)).flatten(1)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
-        high = ((blocks[:, 2:4, None] >> shifts) & 3).flatten(1)
+        high = split_bits(blocks[:, 2:4], 2).mT.flatten(1)
         low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=2).flatten(1)
         codes = split_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).flatten(1)
         return codes, {"d": halves(blocks[:, :2]), "scale": (low | (high << 4)).view(torch.int8) - 32}

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block, favour_large, half_bytes, halves
+from llmquant.blocks import Block, favour_large, half_bytes, halves, join_bits, split_bits
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
@@ -51,16 +51,14 @@ class Q2_K(Block):  # noqa: N801
         return offset_search.super_block_levels(params)
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        c = codes.view(-1, 2, 4, 32)
-        packed = c[:, :, 0] | (c[:, :, 1] << 2) | (c[:, :, 2] << 4) | (c[:, :, 3] << 6)
+        packed = join_bits(codes.view(-1, 2, 4, 32), 2)
         sub = params["scale"] | (params["minimum"] << 4)
         return torch.cat([sub, packed.flatten(1), half_bytes(params["d"]), half_bytes(params["dmin"])], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         sub, packed, d, dmin = torch.split(blocks, [16, 64, 2, 2], dim=1)
-        c = packed.reshape(-1, 2, 32)
-        codes = torch.stack([(c >> place) & 3 for place in (0, 2, 4, 6)], dim=2)
-        return codes.flatten(1), {"d": halves(d), "dmin": halves(dmin), "scale": sub & 15, "minimum": sub >> 4}
+        codes = split_bits(packed.reshape(-1, 2, 32), 2).flatten(1)
+        return codes, {"d": halves(d), "dmin": halves(dmin), "scale": sub & 15, "minimum": sub >> 4}
 
 
 Config = Q2_K

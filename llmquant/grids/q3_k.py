@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, favour_large, half_bytes, halves, join_nibbles, split_nibbles
+from llmquant.blocks import Block, favour_large, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
@@ -55,18 +55,15 @@ class Q3_K(Block):  # noqa: N801
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
         u = (params["scale"] + 32).view(torch.uint8)
-        bits, pairs = (torch.arange(0, 8, step, dtype=torch.uint8, device=codes.device) for step in (1, 2))
-        high = ((codes >> 2).view(-1, 8, 32) << bits[:, None]).sum(1, dtype=torch.uint8)
-        low = ((codes & 3).view(-1, 2, 4, 32) << pairs[:, None]).sum(2, dtype=torch.uint8).flatten(1)
-        scale_high = ((u >> 4).view(-1, 4, 4) << pairs[:, None]).sum(1, dtype=torch.uint8)
+        high = join_bits((codes >> 2).view(-1, 8, 32), 1)
+        low = join_bits((codes & 3).view(-1, 2, 4, 32), 2).flatten(1)
+        scale_high = join_bits((u >> 4).view(-1, 4, 4), 2)
         return torch.cat([high, low, join_nibbles(u), scale_high, half_bytes(params["d"])], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         high, low, scale_low, scale_high, d = torch.split(blocks, [32, 64, 8, 4, 2], dim=1)
-        bits, pairs = (torch.arange(0, 8, step, dtype=torch.uint8, device=blocks.device) for step in (1, 2))
-        top = ((high[:, None] >> bits[:, None]) & 1).flatten(1)
-        codes = ((low.reshape(-1, 2, 1, 32) >> pairs[:, None]) & 3).flatten(1) | (top << 2)
-        u = split_nibbles(scale_low) | (((scale_high[:, None] >> pairs[:, None]) & 3).flatten(1) << 4)
+        codes = split_bits(low.reshape(-1, 2, 32), 2).flatten(1) | (split_bits(high, 1).flatten(1) << 2)
+        u = split_nibbles(scale_low) | (split_bits(scale_high, 2).flatten(1) << 4)
         return codes, {"d": halves(d), "scale": u.view(torch.int8) - 32}
 
 

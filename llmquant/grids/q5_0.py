@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
+from llmquant.blocks import Block, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles, to_half
 from llmquant.grid import Params
 
 STARTS = (-16.0, -15.0, -16.5, -14.0, -15.75, -16.25)
@@ -49,14 +49,12 @@ class Q5_0(Block):  # noqa: N801
         return scale_search.without_offset(params["d"].float())
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        high = ((codes >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(
-            2, dtype=torch.uint8
-        )
+        high = join_bits((codes >> 4).view(-1, 4, 8).mT, 1)
         return torch.cat([half_bytes(params["d"]), high, join_nibbles(codes)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        high = (blocks[:, 2:6, None] >> torch.arange(8, dtype=torch.uint8, device=blocks.device)) & 1
-        return split_nibbles(blocks[:, 6:]) | (high.flatten(1) << 4), {"d": halves(blocks[:, :2])}
+        high = split_bits(blocks[:, 2:6], 1).mT.flatten(1)
+        return split_nibbles(blocks[:, 6:]) | (high << 4), {"d": halves(blocks[:, :2])}
 
 
 Config = Q5_0

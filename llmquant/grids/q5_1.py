@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles, to_half
+from llmquant.blocks import Block, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles, to_half
 from llmquant.grid import Params
 
 
@@ -48,13 +48,11 @@ class Q5_1(Block):  # noqa: N801
         return params["d"].float(), params["m"].float()
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        place = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        high = ((codes >> 4).view(-1, 4, 8) << place).sum(2, dtype=torch.uint8)
+        high = join_bits((codes >> 4).view(-1, 4, 8).mT, 1)
         return torch.cat([half_bytes(params["d"]), half_bytes(params["m"]), high, join_nibbles(codes)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        place = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-        high = ((blocks[:, 4:8, None] >> place) & 1).flatten(1)
+        high = split_bits(blocks[:, 4:8], 1).mT.flatten(1)
         codes = split_nibbles(blocks[:, 8:]) | (high << 4)
         return codes, {"d": halves(blocks[:, :2]), "m": halves(blocks[:, 2:4])}
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import offset_search
-from llmquant.blocks import Block, join_nibbles, split_nibbles
+from llmquant.blocks import Block, join_bits, join_nibbles, split_bits, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q5_1
 from llmquant.grids.q4_k import pack_params, unpack_params
@@ -50,13 +50,11 @@ class Q5_K(Block):  # noqa: N801
         return offset_search.super_block_levels(params)
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        place = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
-        high = ((codes >> 4).view(-1, 8, 32) << place).sum(1, dtype=torch.uint8)
+        high = join_bits((codes >> 4).view(-1, 8, 32), 1)
         return torch.cat([pack_params(params), high, join_nibbles(codes.view(-1, 4, 64)).flatten(1)], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
-        place = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
-        high = ((blocks[:, None, 16:48] >> place) & 1).flatten(1)
+        high = split_bits(blocks[:, 16:48], 1).flatten(1)
         codes = split_nibbles(blocks[:, 48:].reshape(-1, 4, 32)).flatten(1) | (high << 4)
         return codes, unpack_params(blocks[:, :16])
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, half_bytes, halves, join_nibbles, split_nibbles
+from llmquant.blocks import Block, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q8_0
 
@@ -52,15 +52,13 @@ class Q6_K(Block):  # noqa: N801
         return scale_search.super_block_levels(params)
 
     def to_bytes(self, codes: UInt8[Tensor, "n span"], params: Params) -> UInt8[Tensor, "n block_bytes"]:
-        pairs = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
         low = join_nibbles(codes.view(-1, 2, 128)).flatten(1)
-        high = ((codes >> 4).view(-1, 2, 4, 32) << pairs[:, None]).sum(2, dtype=torch.uint8).flatten(1)
+        high = join_bits((codes >> 4).view(-1, 2, 4, 32), 2).flatten(1)
         return torch.cat([low, high, params["scale"].view(torch.uint8), half_bytes(params["d"])], dim=1)
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         low, high, scale, d = torch.split(blocks, [128, 64, 16, 2], dim=1)
-        pairs = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
-        top = ((high.reshape(-1, 2, 1, 32) >> pairs[:, None]) & 3).flatten(1)
+        top = split_bits(high.reshape(-1, 2, 32), 2).flatten(1)
         codes = split_nibbles(low.reshape(-1, 2, 64)).flatten(1) | (top << 4)
         return codes, {"d": halves(d), "scale": scale.contiguous().view(torch.int8)}
 
