@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -96,19 +95,26 @@ def random_imatrix(model: Path, path: Path) -> None:
     imatrix.write(path, imatrix.Imatrix(entries, ("random",), 2, 512))
 
 
+MEASURE = """
+import resource, subprocess, sys, time
+started = time.monotonic()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True, errors="replace")
+seconds = time.monotonic() - started
+if done.returncode:
+    sys.exit(done.stdout[-1000:] + done.stderr[-2000:])
+print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+"""Run by a small process of its own: a child's peak memory begins with that of its parent."""
+
+
 def timed(command: list[str], threads: int) -> tuple[float, int]:
     """Run a command; return its wall time in seconds and its peak memory in bytes."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as log:
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{' '.join(command)}\n{log.read().decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    seconds, kilobytes = done.stdout.split()
+    return float(seconds), int(kilobytes) * 1024
 
 
 def main() -> None:

@@ -36,14 +36,13 @@ from torch import Tensor
 
 from llmquant import kernels
 from llmquant.errors import CalibrationError
-from llmquant.grid import Grid, Params, QuantizedTensor, dequantize, fit_all, nearest, per_column
+from llmquant.grid import Grid, Params, QuantizedTensor, decode, dequantize, fit_all, nearest, per_column
 from llmquant.kernels import gptq as kernel
 from llmquant.stats import Needs, Stats
 
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
 MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
 
-STRIP = 32  # columns of a span updated together: its rows are many and its columns few
 HELD = 128  # columns that a sweep rounds together where no span limits them
 
 
@@ -112,7 +111,7 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
         for of_all, one in zip((scale, offset), per_column(grid, fitted[0]), strict=True):
             of_all.copy_(one.T[order])
 
-    advance = kernel.round_columns if kernels.suit(w) else round_columns
+    advance = _advance(w)
     table = grid.table.to(w.device, w.dtype)
     for start, stop in _blocks(w.shape[1], grid.span, config.block_size):
         error = torch.empty_like(w_t[start:stop])
@@ -217,21 +216,22 @@ def _swept(
             target = w.T[block][order] + error[block][order] - upper.T @ away
             at = block.start // grid.span
             given = {name: value[:, at] for name, value in params.items()}
-            trial = _search(target, order + block.start % grid.span, upper, grid, given)
+            inside = order + block.start % grid.span
+            trial = _search(target, inside, upper, grid, given)
             better = trial.error.square().sum(0) < away.square().sum(0)
             here = torch.arange(block.start, block.stop, device=w.device)[order]
             codes[here] = torch.where(better, trial.codes, codes[here])
-            error[here] = torch.where(better, trial.values - w.T[here], error[here])
+            values = decode(grid, trial.codes, *_of_columns(grid, trial.params, inside, w.dtype))
+            error[here] = torch.where(better, values - w.T[here], error[here])
             for name, value in trial.params.items():
                 params[name][:, at] = torch.where(better[:, None], value, params[name][:, at])
     return QuantizedTensor(grid, codes.T.contiguous(), params, q.record)
 
 
 class _Trial(NamedTuple):
-    """A span's columns in the order of their visit, rounded: codes, values, errors over U's diagonal; parameters."""
+    """A span's columns in the order of their visit, rounded: codes, errors over U's diagonal; parameters."""
 
     codes: UInt8[Tensor, "span rows"]
-    values: Float[Tensor, "span rows"]
     error: Float[Tensor, "span rows"]
     params: Params
 
@@ -256,7 +256,6 @@ def _search(
         better = trial.error.square().sum(0) < best.error.square().sum(0)
         best = _Trial(
             torch.where(better, trial.codes, best.codes),
-            torch.where(better, trial.values, best.values),
             torch.where(better, trial.error, best.error),
             {name: torch.where(better[:, None], value, best.params[name]) for name, value in params.items()},
         )
@@ -271,16 +270,20 @@ def _rounded(
     grid: Grid,
     params: Params,
 ) -> _Trial:
-    scale, offset = (
-        value.to(w_t.dtype).repeat_interleave(grid.group, 1).T[order].contiguous() for value in grid.levels(params)
-    )
+    scale, offset = _of_columns(grid, params, order, w_t.dtype)
     table = grid.table.to(w_t.device, w_t.dtype)
     left, error, codes = w_t.clone(), torch.empty_like(w_t), torch.empty_like(w_t, dtype=torch.uint8)
-    for start in range(0, len(left), STRIP):
-        b = slice(start, min(start + STRIP, len(left)))
-        _advance(w_t)(left[b], scale[b], offset[b], table, factor[b, b], codes[b], error[b], 0)
-        left[b.stop :].addmm_(factor[b, b.stop :].T, error[b], alpha=-1)
-    return _Trial(codes, scale * table[codes.long()] + offset, error, params)
+    _advance(w_t)(left, scale, offset, table, factor, codes, error, 0)
+    return _Trial(codes, error, params)
+
+
+def _of_columns(
+    grid: Grid, params: Params, order: Int64[Tensor, " span"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "span rows"], Float[Tensor, "span rows"]]:
+    """Return (scale, offset) of a span's columns in the order of their visit."""
+    groups = order // grid.group
+    scale, offset = (value.to(dtype).T[groups].contiguous() for value in grid.levels(params))
+    return scale, offset
 
 
 def _better_rows(
@@ -299,7 +302,7 @@ def _better_rows(
 
 
 def _advance(w: Tensor) -> Callable[..., None]:
-    return kernel.round_columns if w.device.type == "cpu" and w.dtype == torch.float32 else round_columns
+    return kernel.round_columns if kernels.suit(w) else round_columns
 
 
 def _in_order(w: Tensor) -> Tensor:
