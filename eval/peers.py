@@ -5,8 +5,8 @@
 Each peer runs in the interpreter of its own environment (PYTHON), all with the same
 number of threads, in turns. Wall and processor time are those of the whole process:
 imports, loading, quantizing, saving. GPTQModel has two workers at the least, so
-compare processor time too. Its first run in an environment compiles an extension:
-run it once before timing. What they wrote is measured by llmquant's reader, which
+compare processor time too. Its first run in an environment compiles an extension, and
+so does llmquant's: run both once before timing. What they wrote is measured by llmquant's reader, which
 the tests hold against the peers' own decoders. With ``--check-load`` GPTQModel also
 decodes llmquant's folder, to float16, which is the widest it can; the study stops
 unless that equals llmquant's own decoding, rounded to float16.

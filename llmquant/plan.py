@@ -298,8 +298,8 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int) -> int:
     outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
     largest = max(sum(x.weights for x in layer) for layer in per_layer)
     if plan.needs == "nothing":
-        most = max(x.weights for x in plan.linears)
-        return RUNTIME_BYTES + 8 * 4 * min(most, PIECE) + most  # some copies of a piece, and one tensor's output
+        most = min(max(x.weights for x in plan.linears), PIECE)
+        return RUNTIME_BYTES + torch.get_num_threads() * 16 * 4 * most  # some copies of a piece in every thread
     activations = 2 * 4 * tokens * hidden
     sites: Sequence[int] = [_site_cols(plan, site) for site in plan.spec.sites]
     hessians = sum(4 * c * c for c in sites) if plan.needs == "hessian" else 0

@@ -304,7 +304,7 @@ class Direct:
         assert linear.grid is not None
         parts = 1 if linear.grid.per_tensor else math.ceil(linear.weights / planning.PIECE)
         if parts > 1:
-            parts += -parts % torch.get_num_threads()  # so that none of them waits for the others
+            parts = min(parts + -parts % torch.get_num_threads(), linear.rows)  # so that no thread waits for the others
         edges = [linear.rows * i // parts for i in range(parts + 1)]
         records: list[tuple[int, dict[str, Any]]] = []
 

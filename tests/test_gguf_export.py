@@ -6,6 +6,7 @@ import torch
 import transformers as hf
 
 from llmquant import api, demo, evaluation, gguf_file, imatrix, recipe, run
+from llmquant import plan as planning
 from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, OutputError, RecipeError
 from llmquant.packed import describe, open_model
@@ -59,6 +60,20 @@ def test_llama_cpp_and_our_decoding_have_one_perplexity(type_, windows, tmp_path
     runs = evaluation.evaluate(tmp_path / "out", windows, runtime="llama.cpp")
     # llama.cpp rounds activations to 8 bits too
     assert runs.perplexity == pytest.approx(decoded.perplexity, rel=0.005)
+
+
+@pytest.mark.parametrize(("threads", "piece"), [(3, 20_000), (40, 2_000)])  # at last more threads than rows
+def test_threads_and_pieces_do_not_change_the_bytes(threads, piece, llama, tmp_path, monkeypatch):
+    def written(folder):
+        run.quantize(llama, recipe.Recipe(name="x", grid={"name": "q4_0"}, formats=["gguf"]), folder)
+        (path,) = folder.glob("*.gguf")
+        return path.read_bytes()
+
+    whole = written(tmp_path / "whole")
+    monkeypatch.setattr(planning, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    assert written(tmp_path / "pieces") == whole
 
 
 def test_a_mixture_gives_the_types_of_the_plan(tmp_path):

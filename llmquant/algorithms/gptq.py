@@ -57,7 +57,8 @@ class Config:
         is reached, to weights that already absorb errors. ``actorder`` implies it.
     block_size: columns updated together; changes speed, not the result.
     scale_search: visit the columns a second time, span by span, with scales tried
-        at some multiples; each row keeps the better of both results.
+        at some multiples; each row keeps the better of both results. With one span
+        a row there is nothing to visit: the sweeps do the same.
     sweeps: how often every span is rounded again with all other columns held, its
         scales tried at the same multiples.
 

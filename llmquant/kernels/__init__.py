@@ -13,8 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+Array = NDArray[Any]
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)  # Python's numbers would make everything float64
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.kernels import compiled, shared_out
+from llmquant.kernels import ONE, ZERO, Array, compiled, shared_out
 
-Array = NDArray[Any]
 TILE = 256  # rows that pass through all columns together; a block of 128 columns of them fits the second-level cache
 
 
@@ -56,11 +52,11 @@ def _round_columns(
             codes_, error_ = codes[i, begin:end], error[i, begin:end]
             for r in range(len(w_)):
                 s = scale_[r]
-                inverse = np.float32(0) if s == 0 else np.float32(1) / s
+                inverse = ZERO if s == 0 else ONE / s
                 x = (w_[r] - offset_[r]) * inverse
                 code = 0
                 if uniform:
-                    code = int(min(max(np.ceil(x - middles[0]), np.float32(0)), np.float32(top)))
+                    code = int(min(max(np.ceil(x - middles[0]), ZERO), np.float32(top)))
                 else:
                     for k in range(top):
                         code += x > middles[k]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.kernels import compiled, shared_out
+from llmquant.kernels import ONE, TWO, ZERO, Array, compiled, shared_out
 
-Array = NDArray[Any]
 LEAST = 2**14  # weights for each thread
 RUN = 256  # weights compared with all levels together
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 def nearest(

@@ -5,20 +5,15 @@ Tiles as in ``llmquant.kernels.scale_search``: neighbours in memory are weights 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.kernels import compiled, shared_out
+from llmquant.kernels import ONE, TWO, ZERO, Array, compiled, shared_out
 
-Array = NDArray[Any]
 TILE = 256  # groups
 BLOCKS = 64  # super-blocks
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 SUMS = 8  # scale, offset, wee, we, weq, w, wq, wqq
 
 
@@ -61,7 +56,7 @@ def choose(
     """
     n = len(offset)
     fields = torch.cat([rounding, offset[None]])[..., 0].transpose(1, 2).contiguous()
-    found = torch.empty(2, n)
+    found = torch.zeros(2, n)
     arrays = (fields.numpy(), d.T.contiguous().numpy(), dmin.T.contiguous().numpy(), found.numpy())
     shared_out(lambda start, stop: _choose(*arrays, np.float32(sub_top), start, stop), n, BLOCKS)
     return found[0, :, None, None], found[1, :, None, None]

@@ -7,20 +7,16 @@ neighbouring groups, and no sum over a group is ever taken across a register.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.kernels import compiled, shared_out
+from llmquant.kernels import ONE, TWO, ZERO, Array, compiled, shared_out
 
-Array = NDArray[Any]
 TILE = 256  # groups; with their importances they fit the second-level cache
 BLOCKS = 64  # super-blocks
-ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 
 
 def search(
@@ -52,7 +48,7 @@ def choose(
     """Return the factor d under which the integers nearest to the wished-for scales serve best."""
     n = len(trials)
     fields = torch.cat([rounding, wished[None]])[..., 0].transpose(1, 2).contiguous()
-    found = torch.empty(n)
+    found = torch.zeros(n)
     arrays = (fields.numpy(), trials.T.contiguous().numpy(), found.numpy())
     shared_out(lambda start, stop: _choose(*arrays, np.float32(lowest), start, stop), n, BLOCKS)
     return found[:, None, None]
@@ -75,7 +71,7 @@ def _search(
     x: Array, weight: Array, table: Array, starts: Array, found: Array, uniform: bool, start: int, stop: int
 ) -> None:
     size = x.shape[1]
-    tile_x, tile_w = np.empty((size, TILE), np.float32), np.empty((size, TILE), np.float32)
+    tile_x, tile_w = np.zeros((size, TILE), np.float32), np.ones((size, TILE), np.float32)
     level = np.empty(TILE, np.float32)
     sums = np.zeros((4, TILE), np.float32)
     largest = np.zeros(TILE, np.float32)
