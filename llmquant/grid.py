@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from llmquant import kernels
@@ -175,6 +175,18 @@ def dequantize(q: QuantizedTensor) -> Float[Tensor, "rows cols"]:
     """Return the float weights that a runtime will compute from ``q``."""
     scale, offset = (level[..., None] for level in q.grid.levels(q.params))
     return decode(q.grid, q.codes.reshape(*scale.shape[:-1], q.grid.group), scale, offset).view(q.codes.shape)
+
+
+def error_sums(
+    q: QuantizedTensor, w: Float[Tensor, "rows cols"], importance: Float[Tensor, " cols"]
+) -> Float64[Tensor, " sums"]:
+    """Return the sums over all weights of error², w², importance * error² and importance * w²."""
+    if kernels.suit(w) and q.grid.group % kernel.LANES == 0:
+        scale, offset = (level.flatten(1) for level in q.grid.levels(q.params))
+        return kernel.error_sums(q.grid.table, q.codes, scale, offset, w, importance)
+    error, power = (dequantize(q) - w).square(), w.square()
+    sums = [x.sum(dtype=torch.float64) for x in (error, power, error @ importance, power @ importance)]
+    return torch.stack(sums)
 
 
 def rows_of(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

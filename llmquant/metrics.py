@@ -95,15 +95,12 @@ class Scores:
 
 
 def output_error(
-    delta: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "*_ cols"]
+    delta: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]
 ) -> float:
-    """Return ||x·deltaᵀ||² / ||x·wᵀ||² over the calibration tokens (no unit, 0 is exact).
-
-    hessian: [cols, cols], or its diagonal where only that is known.
-    """
+    """Return ||x·deltaᵀ||² / ||x·wᵀ||² over the calibration tokens (no unit, 0 is exact)."""
 
     def power(of: Tensor) -> Tensor:
-        return (of.square() @ hessian).sum() if hessian.ndim == 1 else ((of @ hessian) * of).sum()
+        return ((of @ hessian) * of).sum()
 
     return float(power(delta) / power(w).clamp(min=1e-30))
 

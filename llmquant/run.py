@@ -20,7 +20,7 @@ from llmquant import calibrate, data, export, memory, plugins, recipe, threads, 
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
-from llmquant.grid import QuantizedTensor, dequantize, rows_of
+from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
 from llmquant.metrics import output_error
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -483,9 +483,12 @@ def _quantize_together(
 def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
     """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite."""
     w = w.float()
-    delta = dequantize(q).sub_(w)
-    error = output_error(delta, w, stats.square_mean if stats.hessian is None else stats.hessian)
-    if not math.isfinite(error) and not torch.isfinite(delta).all():
+    if stats.hessian is None:
+        *_, lost, power = error_sums(q, w, stats.square_mean).tolist()
+        error = lost / max(power, 1e-30)
+    else:
+        error = output_error(dequantize(q).sub_(w), w, stats.hessian)
+    if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
         raise CalibrationError(
             f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
             f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "

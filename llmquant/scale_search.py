@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from llmquant import kernels
-from llmquant.blocks import half_above, in_chunks, in_units, to_half
+from llmquant.blocks import LEAST_WEIGHT, favour_large, half_above, in_chunks, in_units, to_half
 from llmquant.grid import Params
 from llmquant.kernels import scale_search as kernel
 
@@ -78,21 +78,40 @@ def fit_super_block(
     starts: Sequence[float],
     groups: int,
     lowest: int,
+    favour: float = 0.0,
 ) -> Params:
     """Return {"d": float16 [n, 1], "scale": int8 [n, groups]} of every row.
 
-    value = (d * scale) * table[code], scale = lowest ... -lowest - 1
+        value = (d * scale) * table[code], scale = lowest ... -lowest - 1
+
+    favour: how much large weights count for more (the base of ``blocks.favour_large``), if more than 0.
     """
+    if kernels.suit(w):
+        numbers = (groups, lowest, SPARE, favour, LEAST_WEIGHT, FAR)
+        d, scale = kernel.fit_super_block(w, importance, table, starts, *numbers)
+        return {"d": to_half(d), "scale": scale}
 
     def fit(x: Tensor, weight: Tensor) -> Params:
-        x, weight = (value.reshape(len(value), groups, -1) for value in (x, weight))
-        levels = table.to(x)
-        d, scale = _integers(best_rounded(x, weight, levels, starts), lowest)
-        rounding = rounded(x, weight, d * scale, levels)
-        d = d + _share((scale * rounding.wet).sum(1, keepdim=True), (scale * scale * rounding.wtt).sum(1, keepdim=True))
-        return {"d": to_half(d)[:, :, 0], "scale": scale[:, :, 0].to(torch.int8)}
+        d, scale = best_super_block(x, weight, table.to(x), starts, groups, lowest)
+        return {"d": to_half(d), "scale": scale}
 
-    return in_chunks(fit, w, importance, reach=FAR)
+    return in_chunks(fit, w, favour_large(w, importance, favour) if favour else importance, reach=FAR)
+
+
+def best_super_block(
+    x: Float[Tensor, "n span"],
+    weight: Float[Tensor, "n span"],
+    table: Float[Tensor, " levels"],
+    starts: Sequence[float],
+    groups: int,
+    lowest: int,
+) -> tuple[Float[Tensor, "n 1"], Int8[Tensor, "n groups"]]:
+    """Return the factor d of every row, and the integer scales of its groups."""
+    x, weight = (value.reshape(len(value), groups, -1) for value in (x, weight))
+    d, scale = _integers(search(x, weight, table, starts), lowest)
+    rounding = round_at(x, weight, d * scale, table)
+    d = d + _share((scale * rounding.wet).sum(1, keepdim=True), (scale * scale * rounding.wtt).sum(1, keepdim=True))
+    return d[:, :, 0], scale[:, :, 0].to(torch.int8)
 
 
 def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
@@ -166,20 +185,9 @@ def _integers(rounding: Rounding, lowest: int) -> tuple[Tensor, Tensor]:
     largest = wished.gather(1, wished.abs().argmax(1, keepdim=True))[:, 0]
     tops = torch.arange(lowest, lowest + SPARE, dtype=wished.dtype, device=wished.device)
     trials = half_above(largest / tops).to(wished.dtype)
-    if kernels.suit(trials):
-        d = kernel.choose(torch.stack(rounding), wished, trials, lowest)
-    else:
-        d = choose(rounding, wished, trials, lowest)
+    error = rounding.error_at(trials[:, None] * _whole(wished, trials[:, None], lowest)).sum(1)
+    d = trials.gather(1, error.argmin(1, keepdim=True))[..., None]
     return d, _whole(wished, d, lowest)
-
-
-def choose(
-    rounding: Rounding, wished: Float[Tensor, "n groups 1"], trials: Float[Tensor, "n trials"], lowest: int
-) -> Float[Tensor, "n 1 1"]:
-    """Return the factor d under which the integers nearest to the wished-for scales serve best."""
-    d = trials[:, None]
-    error = rounding.error_at(d * _whole(wished, d, lowest)).sum(1)
-    return trials.gather(1, error.argmin(1, keepdim=True))[..., None]
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import scale_search
-from llmquant.blocks import Block, favour_large, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles
+from llmquant.blocks import Block, half_bytes, halves, join_bits, join_nibbles, split_bits, split_nibbles
 from llmquant.grid import Params
 from llmquant.grids import q4_0
 
@@ -44,8 +44,7 @@ class Q3_K(Block):  # noqa: N801
         return torch.arange(-4, 4, dtype=torch.float32)
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
-        importance = favour_large(w, importance, base=2.0)
-        return scale_search.fit_super_block(w, importance, self.table, STARTS, groups=16, lowest=-32)
+        return scale_search.fit_super_block(w, importance, self.table, STARTS, groups=16, lowest=-32, favour=2.0)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         return scale_search.store_super_block(scale, lowest=-32)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from llmquant.kernels import ONE, TWO, ZERO, Array, compiled, shared_out
 
 LEAST = 2**14  # weights for each thread
 RUN = 256  # weights compared with all levels together
+LANES = 16  # weights in a loop of known length: the compiler's own would be too long for groups of 16
 
 
 def nearest(
@@ -22,10 +23,11 @@ def nearest(
     """Return the code of the level nearest to each weight (nearest to 0 where the scale is 0)."""
     codes = torch.empty(w.shape, dtype=torch.uint8)
     levels = table.numpy()
-    even = bool(np.all(np.diff(levels) == 1))
     flat = [x.contiguous().view(-1).numpy() for x in (w, scale, offset, codes)]
     each = w.numel() // max(scale.numel(), 1)
-    shared_out(lambda start, stop: _nearest(levels, even, each, start, stop, *flat), scale.numel(), LEAST // each + 1)
+    even = _even(levels)
+    work = _nearest_even if even and each % LANES == 0 else _nearest
+    shared_out(lambda start, stop: work(levels, even, each, start, stop, *flat), scale.numel(), LEAST // each + 1)
     return codes
 
 
@@ -65,6 +67,34 @@ def _nearest(
             codes_[i] = count[i]
 
 
+@compiled(fused=True)
+def _nearest_even(
+    table: Array, even: bool, each: int, start: int, stop: int, w: Array, scale: Array, offset: Array, codes: Array
+) -> None:
+    first, top = (table[0] + table[1]) / TWO, np.float32(len(table) - 1)
+    inverse, shift = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
+    for begin in range(start * each, stop * each, RUN):
+        end = min(begin + RUN, stop * each)
+        _spread(scale, offset, each, begin, end, inverse, shift)
+        w_, codes_ = w[begin:end], codes[begin:end]
+        for i in range(len(w_)):
+            q = np.ceil((w_[i] - shift[i]) * inverse[i] - first)
+            q = ZERO if q < ZERO else q
+            codes_[i] = np.uint8(np.int32(top if q > top else q))
+
+
+@compiled(fused=False)
+def _spread(scale: Array, offset: Array, each: int, begin: int, end: int, inverse: Array, shift: Array) -> None:
+    """Give each of some weights 1 / scale (0 where that is 0) and the offset of its group."""
+    for lane in range(0, end - begin, LANES):
+        group = (begin + lane) // each
+        one = ZERO if scale[group] == ZERO else ONE / scale[group]
+        inverse_, shift_ = inverse[lane : lane + LANES], shift[lane : lane + LANES]
+        for i in range(LANES):
+            inverse_[i] = one
+            shift_[i] = offset[group]
+
+
 def decode(
     table: Float[Tensor, " levels"],
     codes: UInt8[Tensor, "*shape"],
@@ -77,6 +107,29 @@ def decode(
     each = codes.numel() // max(scale.numel(), 1)
     shared_out(lambda start, stop: _decode(table.numpy(), each, start, stop, *flat), scale.numel(), LEAST // each + 1)
     return w
+
+
+def error_sums(
+    table: Float[Tensor, " levels"],
+    codes: UInt8[Tensor, "rows cols"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    w: Float[Tensor, "rows cols"],
+    importance: Float[Tensor, " cols"],
+) -> Float64[Tensor, " sums"]:
+    """Return the sums over all weights of error², w², importance * error² and importance * w².
+
+    The columns of a group must be a multiple of ``LANES``.
+    """
+    sums = np.zeros((len(w), 4))
+    arrays = [x.contiguous().numpy() for x in (table, codes, scale, offset, w, importance)]
+    even = _even(arrays[0])
+    shared_out(lambda start, stop: _error_sums(even, start, stop, sums, *arrays), len(w), LEAST // w.shape[1] + 1)
+    return torch.from_numpy(sums.sum(0))
+
+
+def _even(levels: Array) -> bool:
+    return bool(np.all(np.diff(levels) == 1))
 
 
 @compiled(fused=False)
@@ -93,3 +146,56 @@ def _decode(
     codes_, scale_, offset_, w_ = codes[start:stop], scale[start:stop], offset[start:stop], w[start:stop]
     for i in range(len(w_)):
         w_[i] = scale_[i] * table[codes_[i]] + offset_[i]
+
+
+@compiled(fused=True)
+def _error_sums(
+    even: bool,
+    start: int,
+    stop: int,
+    sums: Array,
+    table: Array,
+    codes: Array,
+    scale: Array,
+    offset: Array,
+    w: Array,
+    importance: Array,
+) -> None:
+    cols, groups = w.shape[1], scale.shape[1]
+    sub = cols // groups
+    scale_, offset_ = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
+    level, lanes = np.empty(RUN, np.float32), np.zeros((4, RUN), np.float32)
+    error, power, weighted_error, weighted_power = lanes
+    for row in range(start, stop):
+        lanes[:] = ZERO
+        for begin in range(0, cols, RUN):
+            end = min(begin + RUN, cols)
+            for lane in range(0, end - begin, LANES):
+                s, o = scale[row, (begin + lane) // sub], offset[row, (begin + lane) // sub]
+                s_, o_ = scale_[lane : lane + LANES], offset_[lane : lane + LANES]
+                for i in range(LANES):
+                    s_[i] = s
+                    o_[i] = o
+            codes_, w_, importance_ = codes[row, begin:end], w[row, begin:end], importance[begin:end]
+            if even:
+                first = table[0]
+                for i in range(len(w_)):
+                    level[i] = np.float32(codes_[i]) + first
+            else:
+                for i in range(len(w_)):
+                    level[i] = table[codes_[i]]
+            for i in range(len(w_)):
+                e = scale_[i] * level[i] + offset_[i] - w_[i]
+                error[i] += e * e
+                power[i] += w_[i] * w_[i]
+                weighted_error[i] += importance_[i] * (e * e)
+                weighted_power[i] += importance_[i] * (w_[i] * w_[i])
+        for k in range(4):
+            half = RUN // 2
+            while half >= LANES:
+                lower, upper = lanes[k, :half], lanes[k, half : 2 * half]
+                for i in range(len(lower)):
+                    lower[i] += upper[i]
+                half //= 2
+            for i in range(LANES):
+                sums[row, k] += lanes[k, i]
