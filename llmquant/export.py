@@ -37,8 +37,10 @@ class Source(Protocol):
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear."""
 
-    def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
-        """Yield a linear in pieces of some rows, in order, packed."""
+    def pieces(
+        self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
+    ) -> Iterator[Iterator[Tensor]]:
+        """Yield each linear as pieces of some rows, in order, packed; take all of one before the next."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -299,26 +300,28 @@ class Direct:
         self._records |= records
         return done[linear.name]
 
-    def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
-        """Yield a linear some rows at a time, in order, packed."""
-        assert linear.grid is not None
-        parts = 1 if linear.grid.per_tensor else math.ceil(linear.weights / planning.PIECE)
-        if parts > 1:
-            parts = min(parts + -parts % torch.get_num_threads(), linear.rows)  # so that no thread waits for the others
-        edges = [linear.rows * i // parts for i in range(parts + 1)]
-        records: list[tuple[int, dict[str, Any]]] = []
+    def pieces(
+        self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
+    ) -> Iterator[Iterator[Tensor]]:
+        """Yield each linear as pieces of some rows, in order, packed; those of the next are begun before its end."""
 
-        def quantize(edge: tuple[int, int]) -> tuple[Tensor, int, dict[str, Any]]:
-            rows = edge[1] - edge[0]
-            weight = self._weight(linear, *edge)
-            done, told = _quantize_together([replace(linear, rows=rows)], [weight], self._stats(linear))
-            return pack(done[linear.name]), rows, told[linear.name]
+        def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
+            weight = self._weight(part, start, start + part.rows)
+            done, told = _quantize_together([part], [weight], self._stats(part))
+            return part.name, pack(done[part.name]), part.rows, told[part.name]
 
-        for packed, rows, record in threads.side_by_side(quantize, list(itertools.pairwise(edges))):
-            records.append((rows, record))
-            yield packed
-        mean = {key: sum(n * r[key] for n, r in records) / linear.rows for key in ("error", "seconds")}
-        self._records[linear.name] = records[0][1] | {key: round(value, 8) for key, value in mean.items()}
+        def taken(name: str, results: Iterable[tuple[str, Tensor, int, dict[str, Any]]]) -> Iterator[Tensor]:
+            records: list[tuple[int, dict[str, Any]]] = []
+            for _, packed, rows, record in results:
+                records.append((rows, record))
+                yield packed
+            total = sum(rows for rows, _ in records)
+            mean = {key: sum(n * r[key] for n, r in records) / total for key in ("error", "seconds")}
+            self._records[name] = records[0][1] | {key: round(value, 8) for key, value in mean.items()}
+
+        parts = (part for linear in linears for part in _parts(linear))
+        done = threads.side_by_side(lambda part: quantize(*part), parts)
+        return (taken(name, results) for name, results in itertools.groupby(done, key=itemgetter(0)))
 
     def _stats(self, linear: Linear) -> Stats:
         known = self._importance.get(linear.weight_name)
@@ -343,6 +346,15 @@ class Direct:
 
     def remove(self) -> None:
         """There is nothing to remove."""
+
+
+def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:
+    """Yield a linear as parts that can be quantized one by one: some of its rows, and the first of them."""
+    assert linear.grid is not None
+    count = 1 if linear.grid.per_tensor else min(math.ceil(linear.weights / planning.PIECE), linear.rows)
+    edges = [linear.rows * i // count for i in range(count + 1)]
+    for start, stop in itertools.pairwise(edges):
+        yield replace(linear, rows=stop - start), start
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,18 +13,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield ``work(item)`` of every item, in order, computed by as many threads as torch is told to use.
 
     Each of them runs torch's operations alone: threads that meet after every
     operation wait for the slowest each time. No more than three results a thread
     wait to be taken.
     """
-    threads = min(torch.get_num_threads(), len(items))
+    threads = torch.get_num_threads()
     if threads < 2:
         yield from map(work, items)
         return
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -36,4 +35,4 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
             while waiting:
                 yield waiting.popleft().result()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

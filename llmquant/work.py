@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,11 @@ class Work:
             params = {k: v.expand(len(codes), *v.shape[1:]) for k, v in params.items()}
         return QuantizedTensor(grid, codes, params)
 
-    def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
-        """Yield a linear in one piece, packed."""
-        yield pack(self.load(linear))
+    def pieces(
+        self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
+    ) -> Iterator[Iterator[Tensor]]:
+        """Yield each linear in one piece, packed."""
+        return (iter([pack(self.load(linear))]) for linear in linears)
 
     def all_records(self) -> dict[str, Any]:
         """Return what was recorded about every linear."""

@@ -152,12 +152,14 @@ def write(
     tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
 
     def data() -> Iterator[Iterable[Tensor]]:
+        quantized = [x for x in (linears.get(entry.source) for entry in layout.entries) if x and x.grid]
+        blocks = source.pieces(quantized, lambda q: pack(q)[""].cpu())
         for i, entry in enumerate(layout.entries):
             tell(i, len(tensors))
             linear = linears.get(entry.source)
             if linear is not None and linear.grid is not None:
-                blocks = source.pieces(linear, lambda q: pack(q)[""].cpu())
-                yield blocks if entry.rows is None else [torch.cat(list(blocks))[entry.rows]]
+                pieces = next(blocks)
+                yield pieces if entry.rows is None else [torch.cat(list(pieces))[entry.rows]]
             else:
                 yield _float_data(plan, checkpoint, entry, tensors[i])
         for value in layout.extra.values():
