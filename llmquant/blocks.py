@@ -88,9 +88,9 @@ def halves(raw: torch.Tensor) -> torch.Tensor:
 
 
 def join_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Return bytes [..., k / 2] of 4-bit codes [..., k]: the first half of them low, the second high."""
-    low, high = codes.chunk(2, dim=-1)
-    return (low & 15) | (high << 4)
+    """Return bytes [..., k / 2] of the low 4 bits of codes [..., k]: the first half of them low, the second high."""
+    low, high = _words(codes & 15).chunk(2, dim=-1)
+    return (low | (high << 4)).view(torch.uint8)
 
 
 def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
@@ -99,11 +99,20 @@ def split_nibbles(raw: torch.Tensor) -> torch.Tensor:
 
 
 def join_bits(parts: torch.Tensor, width: int) -> torch.Tensor:
-    """Return bytes [..., k] of codes [..., 8 / width, k] of ``width`` bits, the first lowest."""
-    joined = parts[..., 0, :].clone()
+    """Return bytes [..., k] of codes [..., 8 / width, k] of ``width`` bits, the first lowest; k is even."""
+    words = _words(parts)
+    joined = words[..., 0, :].clone()
     for i in range(1, 8 // width):
-        joined |= parts[..., i, :] << (width * i)
-    return joined
+        joined |= words[..., i, :] << (width * i)
+    return joined.view(torch.uint8)
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """View small codes as an even number of words, shifted together as long as each code stays in its byte."""
+    word = next(
+        t for t in (torch.int64, torch.int32, torch.int16, torch.uint8) if codes.shape[-1] % (2 * t.itemsize) == 0
+    )
+    return codes.contiguous().view(word)
 
 
 def split_bits(raw: torch.Tensor, width: int) -> torch.Tensor:
