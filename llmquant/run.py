@@ -302,7 +302,7 @@ class Direct:
     def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
         """Yield a linear some rows at a time, in order, packed."""
         assert linear.grid is not None
-        parts = 1 if linear.grid.per_tensor else math.ceil(linear.weights / planning.PIECE)
+        parts = 1 if linear.grid.shared else math.ceil(linear.weights / planning.PIECE)
         if parts > 1:
             parts = min(parts + -parts % torch.get_num_threads(), linear.rows)  # so that no thread waits for the others
         edges = [linear.rows * i // parts for i in range(parts + 1)]
@@ -461,7 +461,7 @@ def _quantize_together(
         grid, choice = first.grid, first.choice
         assert grid is not None
         assert choice is not None
-        alike = rest[:1] if grid.per_tensor else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
         algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")
