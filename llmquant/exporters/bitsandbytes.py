@@ -41,7 +41,7 @@ CONV1D = True  # readers put a linear module in its place
 STATE = "weight.quant_state.bitsandbytes__"
 PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-USUAL_OFFSET = 0.1  # as many digits as most have
+USUAL_OFFSET = 0.10000000149011612  # a float32 with as many digits as most
 
 
 def check(grid: Grid, rows: int, cols: int) -> None:
