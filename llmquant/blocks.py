@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +32,10 @@ class Block:
     block_bytes: ClassVar[int]
     fallback: ClassVar[type[Block] | None] = None
     per_tensor: ClassVar[bool] = False
+
+    @property
+    def shared(self) -> Mapping[str, int]:
+        return {}
 
     @property
     def bits_per_weight(self) -> float:

@@ -13,8 +13,9 @@ is, how to choose its scales (``fit``), how to store given ones (``store``) and
 how a decoder reads them (``levels``).
 
 Rows never influence each other, so exporters may permute, split or stack rows
-after quantization without changing any value. (A grid with one scale for a
-whole tensor sets ``per_tensor``; its stored values are the same in every row.)
+after quantization without changing any value. (Where spans share stored values,
+such as the one scale of a whole tensor, ``shared`` says so: such a grid is fitted
+to a whole matrix.)
 
 A grid module, ``llmquant.grids.NAME``, has a frozen dataclass ``Config`` (the
 recipe's keys) whose ``bind(rows, cols, dtype)`` returns the Grid for weights of
@@ -52,7 +53,7 @@ class Grid(Protocol):
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
-        """The levels, ascending."""
+        """The levels, ascending; no two are equal but where a format has two zeros."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -61,6 +62,13 @@ class Grid(Protocol):
     @property
     def per_tensor(self) -> bool:
         """Whether all rows share one set of stored parameters."""
+
+    @property
+    def shared(self) -> Mapping[str, int]:
+        """How many spans, row by row of the whole matrix, have a stored parameter in common; no entry: just one.
+
+        With any entry, ``fit`` and ``store`` need all spans of the matrix at once, in that order.
+        """
 
     def fit(self, w: Float[Tensor, "n span"], importance: Float[Tensor, "n span"]) -> Params:
         """Choose the stored parameters of ``n`` spans, each [n, k], for a small sum(importance * error²)."""
@@ -89,6 +97,16 @@ class BlockGrid(Grid, Protocol):
 
     def from_bytes(self, blocks: UInt8[Tensor, "n block_bytes"]) -> tuple[UInt8[Tensor, "n span"], Params]:
         """Return the codes and parameters of ``n`` blocks: the inverse of ``to_bytes``."""
+
+
+@runtime_checkable
+class RoundingGrid(Grid, Protocol):
+    """A grid whose own encoder rounds at other scales than a decoder reads."""
+
+    def rounding(
+        self, w: Float[Tensor, "n span"], params: Params
+    ) -> tuple[Float[Tensor, "n groups"], Float[Tensor, "n groups"]]:
+        """Return the (scale, offset) at which plain rounding encodes ``n`` spans; params each [n, k]."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,12 @@ def per_column(grid: Grid, params: Params) -> tuple[Float[Tensor, "rows cols"], 
 
 def encode_all(grid: Grid, w: Float[Tensor, "rows cols"], params: Params) -> UInt8[Tensor, "rows cols"]:
     """Return the codes of a matrix on stored parameters."""
-    scale, offset = (level[..., None] for level in grid.levels(params))
+    if isinstance(grid, RoundingGrid):
+        of_spans = {name: value.flatten(0, 1) for name, value in params.items()}
+        levels = grid.rounding(w.reshape(-1, grid.span), of_spans)
+    else:
+        levels = grid.levels(params)
+    scale, offset = (level[..., None] for level in levels)
     return encode(grid, w.reshape(*scale.shape[:-1], grid.group), scale, offset).view(w.shape)
 
 

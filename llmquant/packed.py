@@ -37,7 +37,7 @@ class PackedCheckpoint(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, decoded to float32 if it is packed, or some rows of it."""
         linear = name.removesuffix(".weight")
-        if name in self.infos or linear not in self.packed:
+        if linear not in self.packed:
             return super().read(name, rows)
         parts = {suffix: super(PackedCheckpoint, self).read(full) for suffix, full in self.packed[linear].items()}
         try:

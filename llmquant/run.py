@@ -351,7 +351,7 @@ class Direct:
 def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:
     """Yield a linear as parts that can be quantized one by one: some of its rows, and the first of them."""
     assert linear.grid is not None
-    count = 1 if linear.grid.per_tensor else min(math.ceil(linear.weights / planning.PIECE), linear.rows)
+    count = 1 if linear.grid.shared else min(math.ceil(linear.weights / planning.PIECE), linear.rows)
     edges = [linear.rows * i // count for i in range(count + 1)]
     for start, stop in itertools.pairwise(edges):
         yield replace(linear, rows=stop - start), start
@@ -473,7 +473,7 @@ def _quantize_together(
         grid, choice = first.grid, first.choice
         assert grid is not None
         assert choice is not None
-        alike = rest[:1] if grid.per_tensor else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
         algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class Work:
         for name, q in linears.items():
             tensors[f"{name}:codes"] = q.codes.cpu().contiguous()
             for key, value in q.params.items():
-                tensors[f"{name}:{key}"] = (value[:1] if q.grid.per_tensor else value).cpu().contiguous()
+                if spans := q.grid.shared.get(key):
+                    value = value.flatten(0, 1)[::spans]
+                tensors[f"{name}:{key}"] = value.cpu().contiguous()
         try:
             atomic_save(self._path(layer), tensors, {"records": json.dumps(records)})
         except (OSError, SafetensorError) as error:
@@ -76,8 +79,9 @@ class Work:
             codes = file.get_tensor(f"{name}:codes")
             keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
             params = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
-        if grid.per_tensor:
-            params = {k: v.expand(len(codes), *v.shape[1:]) for k, v in params.items()}
+        shape = len(codes), codes.shape[1] // grid.span
+        for key, spans in grid.shared.items():
+            params[key] = params[key].repeat_interleave(spans, 0)[: math.prod(shape)].view(*shape, -1)
         return QuantizedTensor(grid, codes, params)
 
     def pieces(

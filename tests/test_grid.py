@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ class Uneven:
     span: int = 8
     group: int = 4
     per_tensor: bool = False
+    shared: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float = 3.0
 
     @property

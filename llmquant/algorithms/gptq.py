@@ -62,7 +62,8 @@ class Config:
     sweeps: how often every span is rounded again with all other columns held, its
         scales tried at the same multiples.
 
-    A grid with one set of parameters for all rows keeps them: its sweeps change codes only.
+    A grid whose spans share parameters keeps those that were fitted to the original weights: its sweeps change codes
+    only.
     """
 
     dampening_frac: float = 0.01
@@ -97,7 +98,7 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     assert stats.hessian is not None
     w = w if w.dtype == torch.float64 else w.float()
     importance = stats.hessian.diagonal()
-    static = config.static_groups or config.actorder
+    static = config.static_groups or config.actorder or bool(grid.shared)
     order = importance.argsort(descending=True, stable=True) if config.actorder else _in_order(w)
     factor, damping = _inverse_factor(stats.hessian[order][:, order], config.dampening_frac)
     factor = factor.to(w.dtype)
@@ -139,7 +140,7 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
     q = QuantizedTensor(grid, codes[_inverse(order)].T.contiguous(), params, {"damping": damping})
     hessian = _damped(stats.hessian, damping)
-    if config.scale_search and not grid.per_tensor and grid.span < w.shape[1]:
+    if config.scale_search and not grid.shared and grid.span < w.shape[1]:
         q = _better_rows(w, hessian.to(w.dtype), q, _by_spans(w, importance, hessian, grid))
     if config.sweeps:
         q = _swept(w, hessian, q, config)
@@ -246,7 +247,7 @@ def _search(
 ) -> _Trial:
     """Return the span rounded with feedback at that multiple of the given scales which costs each row least."""
     best: _Trial | None = None
-    for multiple in MULTIPLES[:1] if grid.per_tensor else MULTIPLES:
+    for multiple in MULTIPLES[:1] if grid.shared else MULTIPLES:
         params = given
         if multiple != 1:
             params = grid.store(*(value * multiple for value in grid.levels(given)))

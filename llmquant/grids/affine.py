@@ -7,6 +7,7 @@ The grid of GPTQ, AWQ and compressed-tensors files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -97,6 +98,11 @@ class Affine:
     @property
     def per_tensor(self) -> bool:
         return self.config.strategy == "tensor"
+
+    @property
+    def shared(self) -> Mapping[str, int]:
+        rows = self.weights_per_scale // self.group
+        return {"scale": rows, "zero": rows} if self.per_tensor else {}
 
     @property
     def table(self) -> Float[Tensor, " levels"]:
