@@ -20,7 +20,7 @@ from llmquant import calibrate, data, export, memory, plugins, recipe, threads, 
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
-from llmquant.grid import Grid, QuantizedTensor, dequantize, rows_of
+from llmquant.grid import QuantizedTensor, dequantize, rows_of
 from llmquant.metrics import output_error
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -28,7 +28,7 @@ from llmquant.plan import Linear, Plan
 from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Sample, Stats
 from llmquant.stream import Activations, Stream
-from llmquant.transform import Scales, SiteView
+from llmquant.transform import Rounding, Scales, SiteView
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -381,7 +381,9 @@ def _transform_layer(
     All sites are searched on the layer while it is float, and before any of its
     linears is quantized: a fold changes the linear that feeds the site too.
     """
-    sites = [s for s in plan.spec.sites if s.name not in plan.unfoldable and any(_grids(plan, index, s))]
+    sites = [
+        s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
+    ]
     sums = {site.name: _accumulator(plan, stream, index, site) for site in sites}
     samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
 
@@ -402,13 +404,16 @@ def _transform_layer(
             linears = plan.of_layer(index, site)
             view = SiteView(
                 tuple(calibrate.weight_of(layer.get_submodule(local)).float() for local in site.linears),
-                tuple(_grids(plan, index, site)),
+                tuple(map(_rounding, linears)),
                 stats[site.name],
                 inputs[site.name],
                 calibrate.producer_rows(layer, site),
                 site.fold.kind.startswith("norm"),
             )
-            found: Scales = transform.search(view, config)
+            try:
+                found: Scales = transform.search(view, config)
+            except LlmquantError as error:
+                raise type(error)(f"{linears[0].weight_name}: {error}") from None
             for linear in linears:
                 records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
             if bool((found.factors == 1).all()):
@@ -421,8 +426,11 @@ def _transform_layer(
     return _round_floats(plan, stream, layer, index, changed), records
 
 
-def _grids(plan: Plan, index: int, site: Site) -> list[Grid | None]:
-    return [linear.grid for linear in plan.of_layer(index, site)]
+def _rounding(linear: Linear) -> Rounding | None:
+    if linear.grid is None or linear.choice is None:
+        return None
+    algorithm = plugins.load("algorithms", linear.choice.algorithm, "algorithm")
+    return Rounding(linear.grid, algorithm, linear.choice.algorithm_config)
 
 
 def _round_floats(
@@ -458,7 +466,7 @@ def _quantize_layer(
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
-    sites = [s for s in plan.spec.sites if any(_grids(plan, index, s))]
+    sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
     scores = calibrate.score_linears(plan.spec)
 
     def quantize_site(site: Site, stats: Stats) -> None:
@@ -539,11 +547,13 @@ def _quantize_together(
         alike = rest[:1] if grid.per_tensor else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
-        algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")
-        targets = [w.float() if x.name in uncut else _clipped(w.float(), stats, grid, rewrites) for x, w in alike]
-        stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
+        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
         try:
-            both: QuantizedTensor = algorithm.quantize(stacked, stats, grid, choice.algorithm_config)
+            targets = [
+                w.float() if x.name in uncut else _clipped(w.float(), stats, rounding, rewrites) for x, w in alike
+            ]
+            stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
+            both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
         except LlmquantError as error:
             raise type(error)(f"{first.weight_name}: {error}") from None
         seconds = (time.monotonic() - started) / len(alike)
@@ -556,11 +566,11 @@ def _quantize_together(
     return done, records
 
 
-def _clipped(w: Tensor, stats: Stats, grid: Grid, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
+def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
     for name, config in rewrites:
         transform = plugins.load("transforms", name, "transforms")
         if hasattr(transform, "clip"):
-            w = transform.clip(w, stats, grid, config)
+            w = transform.clip(w, stats, rounding, config)
     return w
 
 

@@ -6,13 +6,15 @@ a in [0, 1), alone or over (mean |w|)^(1 - a) of the weights' own magnitude, and
 largest weights of a group are clipped where that lowers the error.
 Departures: the loss is exact over all calibration tokens (the squared error of a
 linear's output is a quadratic form in their Hessian), and it is that of the
-recipe's own grid. No scaling is among the candidates, and clipping is decided a
-row at a time by the whole row's error: nothing gets worse on the calibration text.
+recipe's own grid and algorithm: what helps rounding to nearest can hurt GPTQ (see
+``column_costs`` there). No scaling is among the candidates, and the algorithm
+itself has the last word between it and the best of the others. A row is clipped
+where that lowers the error of its whole output, and a linear only where its
+algorithm gains by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +23,10 @@ from torch import Tensor
 
 from llmquant.grid import Grid
 from llmquant.stats import Needs, Stats
-from llmquant.transform import Scales, SiteView, round_to_nearest
+from llmquant.transform import Rounding, Scales, SiteView, round_to_nearest, row_errors
 
 SMALLEST = 1e-4  # of the factors before they are centred, as a share of the largest
+PATIENCE = 3  # exponents in a row without a smaller loss, after which larger ones are not tried
 NARROWEST = 0.5  # of the ranges that clipping tries, as a share of the largest weight
 
 
@@ -33,8 +36,7 @@ class Config:
 
     steps: how many exponents are tried.
     duo: try each exponent with the weights' own magnitude too.
-    clip: search how much of each group's largest weights to cut off; not for queries and keys. For `rtn`: GPTQ
-        searches its scales itself, with what its error feedback leaves.
+    clip: search how much of each group's largest weights to cut off; not for queries and keys.
     """
 
     steps: int = 20
@@ -52,34 +54,34 @@ def needs(config: Config) -> Needs:
 
 def search(site: SiteView, config: Config) -> Scales:
     """Return the candidate whose rounding changes the site's outputs least; all ones where none beats them."""
-    best = Scales(torch.ones_like(site.stats.abs_mean), {"exponent": 0.0})
-    unscaled = lowest = site.rounding_loss()
-    for candidate in _candidates(site, config):
-        loss = site.scaled(candidate.factors).rounding_loss()
-        if loss < lowest:
-            best, lowest = candidate, loss
+    best = Scales(torch.ones_like(site.stats.abs_mean), {"exponent": 0.0, "duo": False})
+    costs = site.column_costs()
+    unscaled = lowest = site.rounding_loss(costs)
+    activations, magnitudes = site.shared(site.stats.abs_mean), site.shared(_magnitudes(site))
+    for duo in (False, True) if config.duo else (False,):
+        nearest, since = float("inf"), 0
+        for step in range(0 if duo else 1, config.steps):
+            exponent = step / config.steps
+            powers = activations.pow(exponent)
+            factors = _centred(powers / (magnitudes.pow(1 - exponent) + 1e-4) if duo else powers)
+            loss = site.rounding_loss(costs, factors)
+            if loss < lowest:
+                best, lowest = Scales(factors, {"exponent": exponent, "duo": duo}), loss
+            nearest, since = (loss, 0) if loss < nearest else (nearest, since + 1)
+            if since == PATIENCE:
+                break
+    if site.scaled(best.factors).error() > site.error():
+        best, lowest = Scales(torch.ones_like(best.factors), {"exponent": 0.0, "duo": False}), unscaled
     return Scales(best.factors, {**best.record, "loss": round(lowest / max(unscaled, 1e-30), 6)})
-
-
-def _candidates(site: SiteView, config: Config) -> Iterator[Scales]:
-    activations = site.shared(site.stats.abs_mean)
-    magnitudes = site.shared(_magnitudes(site))
-    for step in range(config.steps):
-        exponent = step / config.steps
-        powers = activations.pow(exponent)
-        if step:
-            yield Scales(_centred(powers), {"exponent": exponent, "duo": False})
-        if config.duo:
-            yield Scales(_centred(powers / (magnitudes.pow(1 - exponent) + 1e-4)), {"exponent": exponent, "duo": True})
 
 
 def _magnitudes(site: SiteView) -> Float[Tensor, " cols"]:
     """Return the mean |w| of every column, as a share of the largest weight of its group."""
     total = torch.zeros_like(site.stats.abs_mean)
     rows = 0
-    for w, grid in zip(site.weights, site.grids, strict=True):
-        if grid is not None:
-            groups = w.abs().view(len(w), -1, min(grid.group, w.shape[1]))
+    for w, rounding in zip(site.weights, site.roundings, strict=True):
+        if rounding is not None:
+            groups = w.abs().view(len(w), -1, rounding.grid.group)
             total += (groups / groups.amax(2, keepdim=True).clamp(min=1e-30)).view(w.shape).sum(0)
             rows += len(w)
     return total / rows
@@ -91,31 +93,29 @@ def _centred(factors: Float[Tensor, " cols"]) -> Float[Tensor, " cols"]:
     return factors / (factors.max() * factors.min()).sqrt()
 
 
-def clip(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Config) -> Float[Tensor, "rows cols"]:
+def clip(w: Float[Tensor, "rows cols"], stats: Stats, rounding: Rounding, config: Config) -> Float[Tensor, "rows cols"]:
     """Return the weights with the largest of each group cut off where that lowers the error of the row's output."""
-    if not config.clip or grid.per_tensor or stats.hessian is None:
+    if not config.clip or rounding.grid.per_tensor:
         return w
-    cols = w.shape[1]
+    clipped = _clipped(w, stats, rounding.grid, config.steps // 2 + 1)
+    losses = [row_errors(round_to_nearest(target, stats, rounding.grid) - w, stats) for target in (clipped, w)]
+    clipped = torch.where((losses[0] < losses[1])[:, None], clipped, w)
+    return clipped if rounding.error(w, stats, clipped) < rounding.error(w, stats, w) else w
+
+
+def _clipped(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, steps: int) -> Float[Tensor, "rows cols"]:
+    """Return the weights with each group in the range that costs least, as if the other groups were exact."""
+    assert stats.hessian is not None
     groups = w.view(len(w), -1, grid.group)
     largest = groups.abs().amax(2, keepdim=True)
-    blocks = torch.stack([stats.hessian[g : g + grid.group, g : g + grid.group] for g in range(0, cols, grid.group)])
-    best, share = torch.full_like(largest, torch.inf), torch.ones_like(largest)
-    for step in range(config.steps // 2 + 1):
-        width = 1 - (1 - NARROWEST) * step / (config.steps // 2 or 1)
+    starts = range(0, w.shape[1], grid.group)
+    blocks = torch.stack([stats.hessian[g : g + grid.group, g : g + grid.group] for g in starts])
+    lowest, best = torch.full_like(largest, torch.inf), largest
+    for width in torch.linspace(1, NARROWEST, steps).tolist():
         limit = width * largest
-        clipped = groups.clamp(-limit, limit).view(w.shape)
-        delta = (round_to_nearest(clipped, stats, grid) - w).view(groups.shape)
+        rounded = round_to_nearest(groups.clamp(-limit, limit).view(w.shape), stats, grid)
+        delta = rounded.view(groups.shape) - groups
         loss = (torch.einsum("rgc,gcd->rgd", delta, blocks) * delta).sum(2, keepdim=True)
-        share = torch.where(loss < best, width, share)
-        best = torch.minimum(loss, best)
-    limit = share * largest
-    clipped = groups.clamp(-limit, limit).view(w.shape)
-    better = _row_errors(round_to_nearest(clipped, stats, grid) - w, stats) < _row_errors(
-        round_to_nearest(w, stats, grid) - w, stats
-    )
-    return torch.where(better[:, None], clipped, w)
-
-
-def _row_errors(delta: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, " rows"]:
-    assert stats.hessian is not None
-    return ((delta @ stats.hessian) * delta).sum(1)
+        best = torch.where(loss < lowest, limit, best)
+        lowest = torch.minimum(loss, lowest)
+    return groups.clamp(-best, best).view(w.shape)

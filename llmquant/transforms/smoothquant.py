@@ -73,7 +73,7 @@ def _loss(site: SiteView) -> float:
     step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     rounded = (x / step).round() * step
     return sum(
-        float((rounded @ round_to_nearest(w, site.stats, grid).T - x @ w.T).square().sum())
-        for w, grid in zip(site.weights, site.grids, strict=True)
-        if grid is not None
+        float((rounded @ round_to_nearest(w, site.stats, rounding.grid).T - x @ w.T).square().sum())
+        for w, rounding in zip(site.weights, site.roundings, strict=True)
+        if rounding is not None
     )
