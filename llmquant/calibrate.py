@@ -164,6 +164,43 @@ def producer_rows(layer: nn.Module, site: Site) -> Int[Tensor, " cols"]:
 
 
 @torch.no_grad()
+def storable_scales(
+    layer: nn.Module, site: Site, scales: Float[Tensor, " cols"], dtype: torch.dtype
+) -> Float[Tensor, " cols"]:
+    """Return the scales near ``scales`` whose fold leaves the weights of a norm numbers of ``dtype``.
+
+    So storing the norm rounds nothing: the columns of the site make up for it.
+    """
+    rows = producer_rows(layer, site)
+    assert site.fold is not None
+    if not site.fold.kind.startswith("norm"):
+        return scales
+    one = 1.0 if site.fold.kind == "norm_plus_one" else 0.0
+    weight = weight_of(layer.get_submodule(site.fold.module))[rows].double()
+    stored = ((weight + one) / scales - one).to(dtype).double() + one
+    exact = ((weight + one) / stored).to(scales.dtype)
+    return torch.where(torch.isfinite(exact) & (exact > 0), exact, scales)
+
+
+def score_linears(spec: ModelSpec) -> frozenset[str]:
+    """Return the linears whose outputs are multiplied with each other in attention: queries and keys.
+
+    They share a site and a module with the linear of the values. A linear that
+    computes the values too counts as one of them.
+    """
+    found: set[str] = set()
+    for fold in (site.fold for site in spec.sites):
+        if fold is None or fold.kind not in ("v", "qkv", "qkv_per_head"):
+            continue
+        attention = fold.module.rpartition(".")[0]
+        for site in spec.sites:
+            if fold.module in site.linears:
+                found |= {name for name in site.linears if name.rpartition(".")[0] == attention}
+        found -= {fold.module} if fold.kind == "v" else set()
+    return frozenset(found)
+
+
+@torch.no_grad()
 def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) -> None:
     """Multiply the columns of a site by ``scales`` > 0, and what feeds them by 1/scales.
 

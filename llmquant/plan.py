@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -69,6 +69,7 @@ class Plan:
     types: Mapping[str, str] = field(default_factory=dict)
     needs: Needs = "nothing"
     sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
+    unfoldable: tuple[str, ...] = ()  # sites that transforms leave as they are
     peak_bytes: int = 0
     waiting_bytes: int = 0  # activations that wait at a site, at most, when a layer is computed once for all sites
 
@@ -79,7 +80,8 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """Every departure from the recipe's own grid that a report must list."""
-        return [f"{x.name}: {x.note}" for x in self.linears if x.note]
+        skipped = [f"{site}: not transformed, as nothing in a layer can absorb its scales" for site in self.unfoldable]
+        return [f"{x.name}: {x.note}" for x in self.linears if x.note] + skipped
 
     @property
     def weights(self) -> int:
@@ -121,6 +123,7 @@ def make(
     infos: Mapping[str, TensorInfo],
     context: int,
     matrices: Sequence[str],
+    foldable: Collection[str] = (),
 ) -> Plan:
     """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
 
@@ -128,6 +131,7 @@ def make(
     tied: whether the model uses its embedding as the output matrix too.
     hidden: width of the residual stream. context: most tokens of a sequence.
     matrices: the names of all linear modules outside the decoder layers.
+    foldable: the sites whose scales another module of a layer can absorb.
     """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
     layers = _count_layers(spec, infos)
@@ -163,12 +167,18 @@ def make(
         linears.append(_linear(spec.head, None, recipe, spec, infos, exporters, wanted))
     if recipe.mixture:
         linears.append(_linear(spec.embed, None, recipe, spec, infos, exporters, wanted))
+    for exporter in exporters.values():
+        if hasattr(exporter, "check_together"):
+            exporter.check_together({x.name: x.grid for x in linears if x.grid})
     planned = {x.weight_name for x in linears}
     kept = {name: info for name, info in infos.items() if name not in planned}
     needs: list[Needs] = ["nothing"]
     needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
-    most = max(needs, key=("nothing", "diagonal", "hessian").index)
+    needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
+    most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
     if recipe.imatrix is not None:
+        if recipe.transforms:
+            raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
         if most == "hessian":
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
         most = "nothing"  # that the model's own activations must give
@@ -176,8 +186,17 @@ def make(
         raise RecipeError("calibration: missing, and the algorithm needs text. Add --set calibration.path=FILE.")
     quantized = {x.name for x in linears if x.grid}
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
+    unfoldable: tuple[str, ...] = ()
+    if recipe.transforms:
+        used = [site.name for site in spec.sites if any(f"{spec.layers}.0.{n}" in quantized for n in site.linears)]
+        unfoldable = tuple(name for name in used if name not in foldable)
+        if len(unfoldable) == len(used):
+            raise RecipeError(
+                f"transforms: nothing in this model's layers can absorb scales of {', '.join(used) or 'any site'}. "
+                "Leave out `transforms`"
+            )
     stored = {name: type_ for name, (type_, _) in types.items()}
-    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, most)
+    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, most, unfoldable=unfoldable)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
     return replace(

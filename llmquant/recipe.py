@@ -75,6 +75,8 @@ class Recipe(BaseModel):
     grid: {name: affine, bits: 4, ...}; see `llmquant list grids`.
     mixture: {name: q4_k_m, ...} instead of a grid: each matrix gets its own, for a GGUF file.
     algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
+    transforms: [{name: awq, ...}, ...], what is done to the float model before, in this order; see
+        `llmquant list transforms`.
     rules: exceptions, by name.
     ignore: linears that stay float, by glob or "re:" expression; without a mixture the output matrix, if not given.
     fallback: what to do where a weight's columns do not divide into groups. "error" stops before
@@ -96,6 +98,7 @@ class Recipe(BaseModel):
     grid: dict[str, Any] | None = None
     mixture: Mixture | None = None
     algorithm: dict[str, Any] = {"name": "rtn"}
+    transforms: list[dict[str, Any]] = []
     rules: list[Rule] = []
     ignore: list[str] | None = None
     fallback: Literal["error", "substitute", "keep"] = "error"
@@ -123,6 +126,7 @@ class Recipe(BaseModel):
             )
         self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
+        self.rewrites  # noqa: B018  (and every transform)
         for i, rule in enumerate(self.rules):
             for pattern in rule.patterns:
                 _check_pattern(pattern, f"rules.{i}.match")
@@ -144,6 +148,11 @@ class Recipe(BaseModel):
             choice = None if rule.keep else _choice(grid, _over(self.algorithm, rule.algorithm), f"rules.{i}.")
             found.append(choice)
         return [*found, own]
+
+    @cached_property
+    def rewrites(self) -> list[tuple[str, Any]]:
+        """The transforms, by name and settings."""
+        return [plugins.configure("transforms", values, f"transforms.{i}") for i, values in enumerate(self.transforms)]
 
     def choose(self, linear: str, type_: str | None = None, head: bool = False) -> Choice | None:
         """Return the grid and the algorithm for a linear, or None if it stays float.

@@ -7,7 +7,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -27,8 +27,9 @@ from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
 from llmquant.plan import Linear, Plan
 from llmquant.protocols import Windows
-from llmquant.stats import Accumulator, Stats
+from llmquant.stats import Accumulator, Sample, Stats
 from llmquant.stream import Activations, Stream
+from llmquant.transform import Rounding, Scales, SiteView
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -94,16 +95,20 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
     """Return what a run would do; reads no weights."""
     checkpoint = load_float(model)
-    stream = Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False)
+    return _plan(recipe_, Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False))
+
+
+def _plan(recipe_: recipe.Recipe, stream: Stream) -> Plan:
     return planning.make(
         recipe_,
         stream.spec,
         stream.config,
         stream.tied,
         stream.hidden_size,
-        checkpoint.infos,
+        stream.checkpoint.infos,
         stream.context,
         stream.other_linears,
+        stream.foldable,
     )
 
 
@@ -129,22 +134,15 @@ def quantize(
     check_output(out)
     checkpoint = load_float(model)
     stream = Stream(checkpoint, device_of(device), trust_remote_code, weights=False)
-    plan = planning.make(
-        recipe_,
-        stream.spec,
-        stream.config,
-        stream.tied,
-        stream.hidden_size,
-        checkpoint.infos,
-        stream.context,
-        stream.other_linears,
-    )
+    plan = _plan(recipe_, stream)
     text = None
     if plan.needs != "nothing":
         assert recipe_.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
+        if recipe_.transforms:
+            stream.dtype = torch.float32  # a scaled weight in 16 bits would be rounded twice
         stream.load()
     direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
     source: work.Work | Direct = direct
@@ -157,6 +155,7 @@ def quantize(
             direct.save(source, progress)
         else:
             _quantize_layers(plan, stream, source, text.tokens, progress)
+            checkpoint = work.Transformed(checkpoint, source, plan.layers)
     report = Report(
         model=str(model),
         recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
@@ -222,16 +221,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
     checkpoint = load_float(note["model"]["folder"])
     stream = Stream(checkpoint, torch.device("cpu"), weights=False)
-    plan = planning.make(
-        recipe_,
-        stream.spec,
-        stream.config,
-        stream.tied,
-        stream.hidden_size,
-        checkpoint.infos,
-        stream.context,
-        stream.other_linears,
-    )
+    plan = _plan(recipe_, stream)
     log = work.Work(folder, note)
     missing = [i for i in range(plan.layers) if not log.has(i)]
     if missing:
@@ -239,7 +229,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: layer {missing[0]} of {plan.layers} is not finished. Run `llmquant quantize` with the same "
             f"settings and --work {folder} to go on."
         )
-    return plan, checkpoint, stream.config, log
+    return plan, work.Transformed(checkpoint, log, plan.layers), stream.config, log
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
@@ -372,12 +362,17 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
                 for linear in plan.of_layer(index):
                     if linear.grid is not None:
                         _put(layer, plan, linear, log.load(linear))
+                _put_floats(layer, plan, index, log.floats(index))
                 stream.run(layer, index, activations)
             else:
-                log.save(index, *_quantize_layer(plan, stream, layer, index, activations, not last))
+                told: dict[str, Any] = {}
+                floats: dict[str, Tensor] = {}
+                if plan.recipe.transforms:
+                    floats, told = _transform_layer(plan, stream, layer, index, activations)
+                done, records = _quantize_layer(plan, stream, layer, index, activations, not last)
+                log.save(index, done, {name: record | told.get(name, {}) for name, record in records.items()}, floats)
     if outside and not log.has(None):
-        done: dict[str, QuantizedTensor] = {}
-        records: dict[str, Any] = {}
+        done, records = {}, {}
         for linear in outside:
             if linear.lookup:
                 weight, stats = stream.embedding_weight(), Stats.none(linear.cols, stream.device)
@@ -388,6 +383,86 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
             records |= told
         log.save(None, done, records)
     progress("quantizing layers", plan.layers, plan.layers)
+
+
+def _transform_layer(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fold what the transforms find into a layer; return the changed tensors that stay float, and records by linear.
+
+    All sites are searched on the layer while it is float, and before any of its
+    linears is quantized: a fold changes the linear that feeds the site too.
+    """
+    sites = [
+        s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
+    ]
+    sums = {site.name: _accumulator(plan, stream, index, site) for site in sites}
+    samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
+
+    def see(site: Site, x: Tensor) -> None:
+        sums[site.name].add(x)
+        samples[site.name].add(x)
+
+    with calibrate.watch(layer, sites, see):
+        stream.run(layer, index, activations, keep=False)
+    stats = {site.name: sums[site.name].result() for site in sites}
+    inputs = {site.name: samples[site.name].result() for site in sites}
+    records: dict[str, Any] = {}
+    changed: list[str] = []
+    for name, config in plan.recipe.rewrites:
+        transform = plugins.load("transforms", name, "transforms")
+        for site in sites:
+            assert site.fold is not None
+            linears = plan.of_layer(index, site)
+            view = SiteView(
+                tuple(calibrate.weight_of(layer.get_submodule(local)).float() for local in site.linears),
+                tuple(map(_rounding, linears)),
+                stats[site.name],
+                inputs[site.name],
+                calibrate.producer_rows(layer, site),
+                site.fold.kind.startswith("norm"),
+            )
+            try:
+                found: Scales = transform.search(view, config)
+            except LlmquantError as error:
+                raise type(error)(f"{linears[0].weight_name}: {error}") from None
+            for linear in linears:
+                records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
+            if bool((found.factors == 1).all()):
+                continue
+            dtype = stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
+            factors = calibrate.storable_scales(layer, site, found.factors, dtype)
+            calibrate.fold_scales(layer, site, factors)
+            stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
+            changed += [site.fold.module, *site.linears]
+    return _round_floats(plan, stream, layer, index, changed), records
+
+
+def _rounding(linear: Linear) -> Rounding | None:
+    if linear.grid is None or linear.choice is None:
+        return None
+    algorithm = plugins.load("algorithms", linear.choice.algorithm, "algorithm")
+    return Rounding(linear.grid, algorithm, linear.choice.algorithm_config)
+
+
+def _round_floats(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values."""
+    quantized = {x.weight_name for x in plan.of_layer(index) if x.grid}
+    floats = {}
+    for module in dict.fromkeys(modules):
+        for local, parameter in layer.get_submodule(module).named_parameters():
+            name = f"{plan.spec.layers}.{index}.{module}.{local}"
+            if name not in quantized:
+                floats[name] = parameter.to(stream.checkpoint.infos[name].dtype)
+    _put_floats(layer, plan, index, floats)
+    return floats
+
+
+def _put_floats(layer: nn.Module, plan: Plan, index: int, floats: Mapping[str, Tensor]) -> None:
+    for name, value in floats.items():
+        layer.get_parameter(name.removeprefix(f"{plan.spec.layers}.{index}.")).copy_(value)
 
 
 def _quantize_layer(
@@ -404,11 +479,13 @@ def _quantize_layer(
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
     sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
+    scores = calibrate.score_linears(plan.spec)
 
     def quantize_site(site: Site, stats: Stats) -> None:
         linears = [x for x in plan.of_layer(index, site) if x.grid]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
-        quantized, told = _quantize_together(linears, weights, stats)
+        uncut = [x.name for x in linears if _local(plan, x) in scores]
+        quantized, told = _quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
         for linear in linears:
             _put(layer, plan, linear, quantized[linear.name])
         done.update(quantized)
@@ -458,12 +535,18 @@ def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: 
 
 
 def _quantize_together(
-    linears: Sequence[Linear], weights: Sequence[Tensor], stats: Stats
+    linears: Sequence[Linear],
+    weights: Sequence[Tensor],
+    stats: Stats,
+    rewrites: Sequence[tuple[str, Any]] = (),
+    uncut: Collection[str] = (),
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
     """Quantize linears that read the same activations.
 
     Those with the same grid and algorithm are stacked and quantized as one
     matrix: rows do not influence each other, and the work on the Hessian is shared.
+
+    rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
@@ -476,10 +559,13 @@ def _quantize_together(
         alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
-        algorithm = plugins.load("algorithms", choice.algorithm, "algorithm")
-        stacked = torch.cat([w.float() for _, w in alike]) if len(alike) > 1 else alike[0][1].float()
+        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
         try:
-            both: QuantizedTensor = algorithm.quantize(stacked, stats, grid, choice.algorithm_config)
+            targets = [
+                w.float() if x.name in uncut else _clipped(w.float(), stats, rounding, rewrites) for x, w in alike
+            ]
+            stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
+            both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
         except LlmquantError as error:
             raise type(error)(f"{first.weight_name}: {error}") from None
         seconds = (time.monotonic() - started) / len(alike)
@@ -490,6 +576,14 @@ def _quantize_together(
             done[linear.name] = q
             records[linear.name] = _record(linear, w, q, stats) | {"seconds": round(seconds, 3)}
     return done, records
+
+
+def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
+    for name, config in rewrites:
+        transform = plugins.load("transforms", name, "transforms")
+        if hasattr(transform, "clip"):
+            w = transform.clip(w, stats, rounding, config)
+    return w
 
 
 def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:

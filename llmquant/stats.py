@@ -12,6 +12,7 @@ from torch import Tensor
 Needs = Literal["nothing", "diagonal", "hessian"]
 """How much an algorithm wants to know; each includes the ones before it."""
 
+TOKENS = 512  # of a sample
 BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
 
 
@@ -23,12 +24,24 @@ class Stats:
     square_mean: x², the diagonal of the Hessian (llama.cpp's imatrix).
     abs_mean: |x|.
     tokens: how many tokens were seen.
+    abs_max: the largest |x|; None where no activations were seen.
     """
 
     hessian: Float[Tensor, "cols cols"] | None
     square_mean: Float[Tensor, " cols"]
     abs_mean: Float[Tensor, " cols"]
     tokens: int
+    abs_max: Float[Tensor, " cols"] | None = None
+
+    def divided(self, scales: Float[Tensor, " cols"]) -> Stats:
+        """Return the statistics of x / scales."""
+        return Stats(
+            None if self.hessian is None else self.hessian / scales / scales[:, None],
+            self.square_mean / scales.square(),
+            self.abs_mean / scales,
+            self.tokens,
+            None if self.abs_max is None else self.abs_max / scales,
+        )
 
     @staticmethod
     def none(cols: int, device: torch.device | str = "cpu") -> Stats:
@@ -44,12 +57,15 @@ class Accumulator:
         self._hessian = torch.zeros(cols, cols, device=device) if needs == "hessian" else None
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
+        self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
         x = x.float()
         self._tokens += x.shape[0]
-        self._magnitudes += x.abs().sum(0)
+        magnitude = x.abs()
+        self._magnitudes += magnitude.sum(0)
+        self._largest = torch.maximum(self._largest, magnitude.amax(0))
         if self._hessian is None:
             self._squares += x.square().sum(0)
         else:
@@ -60,7 +76,26 @@ class Accumulator:
     def result(self) -> Stats:
         tokens = max(self._tokens, 1)
         if self._hessian is None:
-            return Stats(None, self._squares / tokens, self._magnitudes / tokens, self._tokens)
-        upper = self._hessian.triu() / tokens
-        hessian = upper + upper.triu(1).T
-        return Stats(hessian, hessian.diagonal(), self._magnitudes / tokens, self._tokens)
+            hessian, square_mean = None, self._squares / tokens
+        else:
+            upper = self._hessian.triu() / tokens
+            hessian = upper + upper.triu(1).T
+            square_mean = hessian.diagonal()
+        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest)
+
+
+class Sample:
+    """Keeps about ``TOKENS`` tokens of those that are added, evenly spread."""
+
+    def __init__(self, tokens: int) -> None:
+        """tokens: how many will be added."""
+        self._stride = max(tokens // TOKENS, 1)
+        self._seen = 0
+        self._kept: list[Tensor] = []
+
+    def add(self, x: Float[Tensor, "tokens cols"]) -> None:
+        self._kept.append(x[-self._seen % self._stride :: self._stride].float())
+        self._seen += len(x)
+
+    def result(self) -> Float[Tensor, "tokens cols"]:
+        return torch.cat(self._kept)

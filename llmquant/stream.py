@@ -93,6 +93,12 @@ class Stream:
         ]
 
     @property
+    def foldable(self) -> frozenset[str]:
+        """The sites whose scales another module of every layer can absorb."""
+        sites = (s for s in self.spec.sites if all(calibrate.foldable(layer, s) for layer in self._layers))
+        return frozenset(site.name for site in sites)
+
+    @property
     def layers(self) -> int:
         return len(self._layers)
 

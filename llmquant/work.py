@@ -13,19 +13,21 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmquant.checkpoint import atomic_save, read_json, write_json
+from llmquant.checkpoint import Checkpoint, atomic_save, read_json, write_json
 from llmquant.errors import OutputError
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear
 
 NOTE = "work.json"
+FLOAT = "float:"  # before the name of a tensor that is not quantized
 
 
 class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
     A file holds, for every linear of a layer, its codes and the stored
-    parameters of its grid, and what a report says about it.
+    parameters of its grid, and what a report says about it; and the float
+    tensors of the layer that transforms changed.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False) -> None:
@@ -57,9 +59,18 @@ class Work:
     def has(self, layer: int | None) -> bool:
         return self._path(layer).exists()
 
-    def save(self, layer: int | None, linears: Mapping[str, QuantizedTensor], records: Mapping[str, Any]) -> None:
-        """Store a layer's linears by module name, with what a report should say about each."""
-        tensors: dict[str, Tensor] = {}
+    def save(
+        self,
+        layer: int | None,
+        linears: Mapping[str, QuantizedTensor],
+        records: Mapping[str, Any],
+        floats: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store a layer's linears by module name, with what a report should say about each.
+
+        floats: the tensors that transforms changed and that stay float, by their full names.
+        """
+        tensors = {f"{FLOAT}{name}": value.cpu().contiguous() for name, value in (floats or {}).items()}
         for name, q in linears.items():
             tensors[f"{name}:codes"] = q.codes.cpu().contiguous()
             for key, value in q.params.items():
@@ -84,6 +95,12 @@ class Work:
             params[key] = params[key].repeat_interleave(spans, 0)[: math.prod(shape)].view(*shape, -1)
         return QuantizedTensor(grid, codes, params)
 
+    def floats(self, layer: int | None) -> dict[str, Tensor]:
+        """Return the float tensors of a layer that transforms changed, by their full names."""
+        with safe_open(self._path(layer), "pt") as file:
+            names = [name for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
+            return {name.removeprefix(FLOAT): file.get_tensor(name) for name in names}
+
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
     ) -> Iterator[Iterator[Tensor]]:
@@ -103,6 +120,23 @@ class Work:
         for path in self.folder.iterdir():
             path.unlink()
         self.folder.rmdir()
+
+
+class Transformed(Checkpoint):
+    """A float checkpoint as the transforms of a finished work folder left it."""
+
+    def __init__(self, checkpoint: Checkpoint, log: Work, layers: int) -> None:
+        vars(self).update(vars(checkpoint))
+        self._checkpoint = checkpoint
+        self._log = log
+        self._layer_of = {name: i for i in range(layers) for name in log.floats(i)}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Return one tensor as it is to be stored, or some rows of it."""
+        if name not in self._layer_of:
+            return self._checkpoint.read(name, rows)
+        changed = self._log.floats(self._layer_of[name])[name]
+        return changed[slice(*rows)] if rows else changed
 
 
 def read_note(folder: Path) -> dict[str, Any]:

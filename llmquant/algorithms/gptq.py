@@ -147,6 +147,19 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     return q
 
 
+def column_costs(stats: Stats, config: Config) -> Float[Tensor, " cols"]:
+    """Return what a squared error of each column costs when the columns after it have absorbed what they can.
+
+    The loss of GPTQ is the sum of these products: a column's squared rounding error over its squared diagonal element
+    of U. Scaling columns scales U's too, so the costs tell without another factorisation which scales help.
+    """
+    assert stats.hessian is not None
+    importance = stats.hessian.diagonal()
+    order = importance.argsort(descending=True, stable=True) if config.actorder else torch.arange(len(importance))
+    factor, _ = _inverse_factor(stats.hessian[order][:, order], config.dampening_frac)
+    return factor.diagonal().pow(-2).float()[_inverse(order.to(importance.device))]
+
+
 def round_columns(
     w: Float[Tensor, "block rows"],
     scale: Float[Tensor, "columns rows"],

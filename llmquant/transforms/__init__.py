@@ -1,1 +1,1 @@
-"""Rewrites of the float model that do not change its function, one a file."""
+"""Rewrites of the float model that do not change its function, one a file (see ``llmquant.transform``)."""

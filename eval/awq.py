@@ -1,0 +1,91 @@
+"""Does AWQ diverge less than rounding to nearest, and AWQ with GPTQ less than either, at 4 and 3 bits?
+
+    python eval/awq.py --out results.md MODEL CALIBRATION EVALUATION [MODEL CALIBRATION EVALUATION ...]
+
+For each model and a copy of it with outlier channels (outliers.py): perplexity and
+mean KL divergence on held-out text, for a scale and a zero point in 128 columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from outliers import write_outliers
+
+from llmquant import evaluation, recipe, run
+from llmquant.report import markdown
+
+GPTQ = {"name": "gptq", "actorder": True}
+VARIANTS = {
+    "rtn": {},
+    "awq": {"transforms": [{"name": "awq"}]},
+    "awq, no clip": {"transforms": [{"name": "awq", "clip": False}]},
+    "gptq": {"algorithm": GPTQ},
+    "awq+gptq": {"algorithm": GPTQ, "transforms": [{"name": "awq", "clip": False}]},
+    "awq+gptq, clip": {"algorithm": GPTQ, "transforms": [{"name": "awq"}]},
+}
+COLUMNS = ("model", "grid", "method", "perplexity", "KLD", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", help="MODEL CALIBRATION EVALUATION, repeated")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=16384)
+    parser.add_argument("--protocol", default="llama.cpp")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--copies", nargs="+", default=["plain", "outliers"], choices=["plain", "outliers"])
+    args = parser.parse_args()
+    assert len(args.inputs) % 3 == 0, "give MODEL CALIBRATION EVALUATION for each model"
+    facts, lines, protocols = [], [], []
+    for model, calibration, text in zip(*(args.inputs[i::3] for i in range(3)), strict=True):
+        for copy in args.copies:
+            with tempfile.TemporaryDirectory() as folder:
+                source, name = Path(model), Path(model).absolute().name
+                if copy == "outliers":
+                    source, name = Path(folder) / "copy", f"{name}, outliers"
+                    write_outliers(model, source)
+                windows = evaluation.read_windows(source, text, args.protocol, args.max_tokens)
+                reference = evaluation.Reference(source)
+                rows = [("float", "", evaluation.evaluate(source, windows, reference), 0.0)]
+                for bits in args.bits:
+                    for variant in args.variants:
+                        chosen = recipe.Recipe(
+                            name="study",
+                            grid={"name": "affine", "bits": bits, "group_size": 128, "symmetric": False},
+                            calibration={"path": calibration, "sequences": args.sequences, "length": args.length},
+                            **VARIANTS[variant],
+                        )
+                        out = Path(folder) / f"{bits}-{variant}"
+                        report, _ = run.quantize(source, chosen, out)
+                        row = evaluation.evaluate(out, windows, reference)
+                        rows.append((variant, f"w{bits}g128", row, report.seconds))
+                        print(name, bits, variant, f"{row.perplexity:.4f} {row.kld_mean:.5f}", flush=True)
+                for variant, grid, row, seconds in rows:
+                    facts.append({"model": name, "grid": grid, "method": variant} | dataclasses.asdict(row))
+                    kld = f"{row.kld_mean:.5f} ± {row.kld_error:.5f}"
+                    lines.append([name, grid, variant, f"{row.perplexity:.3f}", kld, f"{seconds:.0f}"])
+            protocols.append(f"{name}: {windows.label}.")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    head = [
+        "# AWQ beside rounding to nearest and GPTQ: perplexity and mean KL divergence from the float model",
+        "",
+        f"Commit {commit.stdout.strip()}; {args.sequences} sequences of {args.length} tokens to calibrate on; "
+        "asymmetric groups of 128 columns. KLD with its standard error.",
+        "",
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join([*head, markdown(COLUMNS, lines), "", *protocols, ""]))
+    args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
