@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from llmquant import scale_search
 from llmquant.blocks import in_chunks
 from llmquant.errors import ShapeError
-from llmquant.grid import Params
+from llmquant.grid import Params, nearest
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
 NESTED = 256  # absmax values that share a nested one
@@ -143,6 +143,14 @@ class Blockwise:
             "nested_absmax": spread_nested(nested, absmax.numel()).view_as(absmax),
             "nested_offset": mean.expand_as(absmax),
         }
+
+    def store_beside(
+        self, shared: Params, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]
+    ) -> Params:
+        if self.blocks is None:
+            return self.store(scale, offset)
+        codes = nearest(DYNAMIC.to(scale.device), scale, shared["nested_absmax"], shared["nested_offset"])
+        return {**shared, "absmax": codes}
 
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
         absmax = params["absmax"]

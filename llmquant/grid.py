@@ -109,6 +109,19 @@ class RoundingGrid(Grid, Protocol):
         """Return the (scale, offset) at which plain rounding encodes ``n`` spans; params each [n, k]."""
 
 
+@runtime_checkable
+class NestedGrid(Grid, Protocol):
+    """A grid with values that spans share and others for each span, which can be chosen anew beside the shared ones."""
+
+    def store_beside(
+        self, shared: Params, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]
+    ) -> Params:
+        """Return the stored parameters nearest to wished-for scales and offsets of any ``n`` spans.
+
+        shared: their parameters so far, each [n, k]; of these, what spans share stays.
+        """
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """One quantized weight matrix, in no file format yet.

@@ -24,7 +24,10 @@ class PackedCheckpoint(Checkpoint):
         self.align(spec)
         self.settings = settings
         self._exporter = exporter
-        self.packed: dict[str, dict[str, str]] = exporter.linears(self.infos, settings)
+        try:
+            self.packed: dict[str, dict[str, str]] = exporter.linears(self.infos, settings)
+        except LlmquantError as error:
+            raise type(error)(f"{folder}: {error}") from None
         self._conv1d = spec.conv1d
 
     @property

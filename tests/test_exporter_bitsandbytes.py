@@ -9,10 +9,10 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from llmquant import api, blockwise, plugins, recipe, run
-from llmquant.algorithms import rtn
+from llmquant.algorithms import gptq, rtn
 from llmquant.errors import CheckpointError, FormatError, ShapeError
 from llmquant.exporters import bitsandbytes as exporter
-from llmquant.grid import QuantizedTensor, dequantize
+from llmquant.grid import QuantizedTensor, dequantize, fit_all
 from llmquant.grids import affine
 from llmquant.packed import open_model
 from llmquant.stats import Stats
@@ -328,6 +328,33 @@ def test_gptq_on_nf4_beats_rounding_and_what_is_written_is_what_it_chose(llama, 
     rows, cols = held["model.layers.0.mlp.up_proj:codes"].shape
     sizes = {k: held[f"model.layers.0.mlp.up_proj:{k}"].numel() for k in ("absmax", "nested_absmax", "nested_offset")}
     assert sizes == {"absmax": rows * cols // 64, "nested_absmax": -(rows * cols // -64 // 256), "nested_offset": 1}
+
+
+def test_gptq_searches_each_absmax_beside_the_nested_values_it_was_fitted_with():
+    w, x = normal(24, 256), normal(600, 256, seed=1)
+    x[:, ::7] *= 5
+    hessian = x.T @ x / 600
+    stats, grid = Stats(hessian, hessian.diagonal(), x.abs().mean(0), 600), grid_for(w, "nf4")
+    errors = []
+    for config in (gptq.Config(scale_search=False, sweeps=0), gptq.Config()):
+        q = gptq.quantize(w, stats, grid, config)
+        delta = dequantize(q) - w
+        errors.append(float(((delta @ hessian) * delta).sum()))
+        for name in grid.shared:
+            assert torch.equal(q.params[name], fit_all(grid, w, hessian.diagonal())[name])
+    assert errors[1] < 0.9 * errors[0]
+    assert not torch.equal(q.params["absmax"], fit_all(grid, w, hessian.diagonal())["absmax"])
+    assert torch.equal(library_decodes(exporter.pack(q)), dequantize(q))
+
+
+def test_a_wished_absmax_is_stored_as_the_nearest_there_is_beside_the_nested_values():
+    w = normal(8, 256)
+    grid = grid_for(w, "nf4")
+    params = {name: value.flatten(0, 1) for name, value in fit_all(grid, w, torch.ones(256)).items()}
+    scale, offset = (1.07 * value for value in grid.levels(params))
+    there_is = bnb.create_dynamic_map() * params["nested_absmax"] + params["nested_offset"]
+    stored = grid.levels(grid.store_beside(params, scale, offset))[0]
+    torch.testing.assert_close((stored - scale).abs(), (there_is - scale).abs().amin(1, keepdim=True))
 
 
 def test_a_plan_knows_the_size_of_what_is_written(llama, tmp_path):

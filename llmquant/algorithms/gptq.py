@@ -36,7 +36,7 @@ from torch import Tensor
 
 from llmquant import kernels
 from llmquant.errors import CalibrationError
-from llmquant.grid import Grid, Params, QuantizedTensor, decode, dequantize, fit_all, nearest, per_column
+from llmquant.grid import Grid, NestedGrid, Params, QuantizedTensor, decode, dequantize, fit_all, nearest, per_column
 from llmquant.kernels import gptq as kernel
 from llmquant.stats import Needs, Stats
 
@@ -62,8 +62,8 @@ class Config:
     sweeps: how often every span is rounded again with all other columns held, its
         scales tried at the same multiples.
 
-    A grid whose spans share parameters keeps those that were fitted to the original weights: its sweeps change codes
-    only.
+    Parameters that spans share stay as they were fitted to the original weights; where all are shared, the sweeps
+    change codes only.
     """
 
     dampening_frac: float = 0.01
@@ -140,7 +140,7 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
     q = QuantizedTensor(grid, codes[_inverse(order)].T.contiguous(), params, {"damping": damping})
     hessian = _damped(stats.hessian, damping)
-    if config.scale_search and not grid.shared and grid.span < w.shape[1]:
+    if config.scale_search and _searchable(grid) and grid.span < w.shape[1]:
         q = _better_rows(w, hessian.to(w.dtype), q, _by_spans(w, importance, hessian, grid))
     if config.sweeps:
         q = _swept(w, hessian, q, config)
@@ -260,10 +260,11 @@ def _search(
 ) -> _Trial:
     """Return the span rounded with feedback at that multiple of the given scales which costs each row least."""
     best: _Trial | None = None
-    for multiple in MULTIPLES[:1] if grid.shared else MULTIPLES:
+    for multiple in MULTIPLES if _searchable(grid) else MULTIPLES[:1]:
         params = given
         if multiple != 1:
-            params = grid.store(*(value * multiple for value in grid.levels(given)))
+            wished = [value * multiple for value in grid.levels(given)]
+            params = grid.store_beside(given, *wished) if isinstance(grid, NestedGrid) else grid.store(*wished)
         trial = _rounded(w_t, order, factor, grid, params)
         if best is None:
             best = trial
@@ -276,6 +277,11 @@ def _search(
         )
     assert best is not None
     return best
+
+
+def _searchable(grid: Grid) -> bool:
+    """Whether a span's scales can change without those of others."""
+    return not grid.shared or isinstance(grid, NestedGrid)
 
 
 def _rounded(
