@@ -15,8 +15,10 @@ from llmquant.calibrate import (
     foldable,
     producer_rows,
     run_layer,
+    score_linears,
     start,
     stepwise,
+    storable_scales,
     watch,
     weight_of,
 )
@@ -286,6 +288,53 @@ def test_a_small_norm_weight_keeps_its_bits_where_1_plus_w_would_lose_them():
     w.data.fill_(2**-10)  # 1 + w is 1 in bfloat16
     fold_scales(layer, spec.sites[0], torch.ones(32))
     assert torch.equal(w, torch.full_like(w, 2**-10))
+
+
+def test_storable_scales_leave_norms_that_bfloat16_holds(tiny):
+    model, spec, folded = tiny
+    layer = layers_of(model.bfloat16().float(), spec)[0]
+    for site in spec.sites:
+        if site.name in folded:
+            scales = scales_for(layer, site).float()
+            storable = storable_scales(layer, site, scales, torch.bfloat16)
+            norm = layer.get_submodule(site.fold.module)
+            if not site.fold.kind.startswith("norm"):
+                assert torch.equal(storable, scales)
+                continue
+            one = float(site.fold.kind == "norm_plus_one")
+            # of 1 + w, w itself has the rounding error
+            tolerance = 2**-8 * (norm.weight.abs() / (norm.weight + one).abs() + one)
+            assert ((storable / scales - 1).abs() <= 2 * tolerance).all()
+            fold_scales(layer, site, storable)
+            stored = norm.weight.bfloat16().float()
+            torch.testing.assert_close(norm.weight, stored, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_of_zero_takes_any_scale():
+    model, spec = build("llama")
+    layer = copy.deepcopy(model.model.layers[0])
+    layer.input_layernorm.weight.data[3] = 0
+    assert torch.equal(
+        storable_scales(layer, spec.sites[0], torch.full((32,), 2.0), torch.bfloat16)[3], torch.tensor(2.0)
+    )
+
+
+# as every family calls them; a linear that computes values too is listed with the others
+QUERIES_AND_KEYS = {
+    "llama": {"self_attn.q_proj", "self_attn.k_proj"},
+    "gemma3": {"self_attn.q_proj", "self_attn.k_proj"},
+    "opt-norm-after": {"self_attn.q_proj", "self_attn.k_proj"},
+    "phi3": {"self_attn.qkv_proj"},
+    "gpt2": {"attn.c_attn"},
+    "neox": {"attention.query_key_value"},
+    "falcon-7b": {"self_attention.query_key_value"},
+    "bloom": {"self_attention.query_key_value"},
+}
+
+
+@pytest.mark.parametrize("key", QUERIES_AND_KEYS)
+def test_queries_and_keys_are_known_in_every_family(key):
+    assert score_linears(build(key)[1]) == QUERIES_AND_KEYS[key]
 
 
 @pytest.mark.parametrize("key", TINY)

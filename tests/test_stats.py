@@ -24,6 +24,7 @@ def test_the_statistics_are_means_over_tokens(cols):
     torch.testing.assert_close(stats.hessian.double(), x.T @ x / 48, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.square_mean.double(), x.square().mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.abs_mean.double(), x.abs().mean(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(stats.abs_max.double(), x.abs().amax(0))
     assert stats.tokens == 48
     assert torch.equal(stats.hessian, stats.hessian.T)
 
