@@ -12,6 +12,7 @@ from torch import Tensor
 Needs = Literal["nothing", "diagonal", "hessian"]
 """How much an algorithm wants to know; each includes the ones before it."""
 
+SAMPLE = 2**17  # values kept of those that a site reads
 BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
 
 
@@ -23,12 +24,14 @@ class Stats:
     square_mean: x², the diagonal of the Hessian (llama.cpp's imatrix).
     abs_mean: |x|.
     tokens: how many tokens were seen.
+    sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
     """
 
     hessian: Float[Tensor, "cols cols"] | None
     square_mean: Float[Tensor, " cols"]
     abs_mean: Float[Tensor, " cols"]
     tokens: int
+    sample: Float[Tensor, " values"] | None = None
 
     @staticmethod
     def none(cols: int, device: torch.device | str = "cpu") -> Stats:
@@ -38,17 +41,26 @@ class Stats:
 
 
 class Accumulator:
-    """Sums activations batch by batch, always in the order given, in float32."""
+    """Sums activations batch by batch, always in the order given, in float32.
 
-    def __init__(self, cols: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+    sample: keep a sample of the values, for the range of quantized activations. It is a uniform one whatever the
+        batches (each value draws a number, and those with the smallest stay), of at most ``SAMPLE`` values, and the
+        observers take it as they take a row of weights. A histogram would need observers of its own, and bins that
+        suit an outlier leave few to the bulk.
+    """
+
+    def __init__(self, cols: int, needs: Needs, device: torch.device | str = "cpu", sample: bool = False) -> None:
         self._hessian = torch.zeros(cols, cols, device=device) if needs == "hessian" else None
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
         self._tokens = 0
+        self._sample = _Sample(device) if sample else None
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
         x = x.float()
         self._tokens += x.shape[0]
+        if self._sample is not None:
+            self._sample.add(x)
         self._magnitudes += x.abs().sum(0)
         if self._hessian is None:
             self._squares += x.square().sum(0)
@@ -59,8 +71,35 @@ class Accumulator:
 
     def result(self) -> Stats:
         tokens = max(self._tokens, 1)
+        sample = None if self._sample is None else self._sample.result()
         if self._hessian is None:
-            return Stats(None, self._squares / tokens, self._magnitudes / tokens, self._tokens)
+            return Stats(None, self._squares / tokens, self._magnitudes / tokens, self._tokens, sample)
         upper = self._hessian.triu() / tokens
         hessian = upper + upper.triu(1).T
-        return Stats(hessian, hessian.diagonal(), self._magnitudes / tokens, self._tokens)
+        return Stats(hessian, hessian.diagonal(), self._magnitudes / tokens, self._tokens, sample)
+
+
+class _Sample:
+    """At most ``SAMPLE`` of the values that were added, each as likely to stay, and the extremes of all."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._values = self._draws = self._extremes = torch.empty(0, device=device)
+        self._bound = 1.0
+
+    def add(self, x: Float[Tensor, "tokens cols"]) -> None:
+        x = x.flatten()
+        if not len(x):
+            return
+        draws = torch.rand(len(x), generator=self._generator, device=x.device)
+        stay = draws < self._bound
+        self._values = torch.cat([self._values, x[stay]])
+        self._draws = torch.cat([self._draws, draws[stay]])
+        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, *torch.aminmax(x[None], dim=1)])))
+        if len(self._draws) > SAMPLE:
+            self._draws, smallest = self._draws.topk(SAMPLE, largest=False)
+            self._values = self._values[smallest]
+            self._bound = float(self._draws.max())
+
+    def result(self) -> Float[Tensor, " values"]:
+        return torch.cat([self._values, self._extremes])

@@ -12,19 +12,21 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmquant.activations import Inputs
 from llmquant.checkpoint import atomic_save, read_json, write_json
 from llmquant.errors import OutputError
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear
 
 NOTE = "work.json"
+INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 
 
 class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
-    A file holds, for every linear of a layer, its codes and the stored
-    parameters of its grid, and what a report says about it.
+    A file holds, for every linear of a layer, its codes, the stored parameters of
+    its grid and of its inputs, and what a report says about it.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False) -> None:
@@ -63,6 +65,8 @@ class Work:
             tensors[f"{name}:codes"] = q.codes.cpu().contiguous()
             for key, value in q.params.items():
                 tensors[f"{name}:{key}"] = (value[:1] if q.grid.per_tensor else value).cpu().contiguous()
+            if q.inputs is not None:
+                tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
         try:
             atomic_save(self._path(layer), tensors, {"records": json.dumps(records)})
         except (OSError, SafetensorError) as error:
@@ -75,10 +79,13 @@ class Work:
         with safe_open(self._path(linear.layer), "pt") as file:
             codes = file.get_tensor(f"{name}:codes")
             keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
-            params = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+            stored = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+        params = {k: v for k, v in stored.items() if not k.startswith(INPUTS)}
         if grid.per_tensor:
             params = {k: v.expand(len(codes), *v.shape[1:]) for k, v in params.items()}
-        return QuantizedTensor(grid, codes, params)
+        scheme = linear.activations
+        ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
+        return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
 
     def pieces(self, linear: Linear, pack: Callable[[QuantizedTensor], Tensor]) -> Iterator[Tensor]:
         """Yield a linear in one piece, packed."""
