@@ -44,6 +44,16 @@ class ActivationScheme(BaseModel):
     observer: Literal["minmax", "percentile", "mse", "kl"] = "minmax"
     percentile: float = 99.99
 
+    @property
+    def label(self) -> str:
+        """Return the scheme for people.
+
+        >>> ActivationScheme().label, ActivationScheme(type="fp8", dynamic=False, observer="mse").label
+        ('int8, by token', 'fp8, static by mse')
+        """
+        zero = "" if self.symmetric else " with zero points"
+        return f"{self.type}{zero}, " + ("by token" if self.dynamic else f"static by {self.observer}")
+
     @model_validator(mode="after")
     def _check(self) -> ActivationScheme:
         if self.dynamic and self.observer != "minmax":

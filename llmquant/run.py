@@ -504,6 +504,7 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
         "error": round(error, 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
+        **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
         **q.record,
     }
 
