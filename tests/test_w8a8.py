@@ -18,7 +18,7 @@ from llmquant import api, calibrate, demo, evaluation, recipe, run
 from llmquant.activations import ActivationScheme
 from llmquant.errors import CheckpointError, FormatError, RecipeError
 from llmquant.exporters import compressed_tensors as ct
-from llmquant.packed import PackedCheckpoint, open_model
+from llmquant.packed import open_model
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.stream import Stream
 from tests.conftest import VOCABULARY
@@ -94,7 +94,7 @@ def test_transformers_loads_the_folder_and_computes_nearly_our_logits(name, chan
     mine, theirs, exact = ours(folder, batch), transformers(folder)(batch).logits, transformers(llama)(batch).logits
     rounding = (exact - mine).norm()
     assert rounding > 1e-4 * exact.norm()
-    assert (theirs - mine).norm() < 0.3 * rounding
+    assert (theirs - mine).norm() < 0.2 * rounding
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -304,14 +304,15 @@ def test_integer_weights_of_other_writers_are_decoded_in_groups_and_with_zero_po
     torch.testing.assert_close(ct.unpack(tensors, config, "a.b"), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("name", ["int8", "w8a8-dynamic"])
-def test_8_bits_cost_almost_nothing_on_the_demo_model(name, texts, tmp_path):
+def test_8_bits_cost_almost_nothing_on_the_demo_model(texts, tmp_path):
     """The margins are those that torchao publishes for Llama 3.1 8B: 0.2 % and 1.7 % of perplexity."""
-    run.quantize(demo.MODEL, recipe.load(name), tmp_path / "out")
-    windows = evaluation.read_windows(demo.MODEL, texts / "evaluation.txt", "llama.cpp", 2048)
-    row = evaluation.evaluate(tmp_path / "out", windows, evaluation.Reference(demo.MODEL))
-    assert isinstance(open_model(tmp_path / "out"), PackedCheckpoint)
-    assert row.perplexity_ratio == pytest.approx(1, abs=0.002 if name == "int8" else 0.017)
+    windows = evaluation.read_windows(demo.MODEL, texts / "evaluation.txt", "llama.cpp", 1024)
+    reference = evaluation.Reference(demo.MODEL)
+    for name, margin in (("int8", 0.002), ("w8a8-dynamic", 0.017)):
+        run.quantize(demo.MODEL, recipe.load(name), tmp_path / name)
+        row = evaluation.evaluate(tmp_path / name, windows, reference)
+        assert row.perplexity_ratio == pytest.approx(1, abs=margin)
+        assert row.kld_mean > 0
 
 
 def test_a_recipe_with_activations_reads_back_the_same(tmp_path):
