@@ -8,7 +8,7 @@ the last layer's output; asking it is safer than doing the same here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import attrgetter
@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmquant import activations
+from llmquant.activations import Inputs
 from llmquant.models.spec import ModelSpec, Site
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -125,6 +127,22 @@ def stepwise(layer: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[Tens
 
     with watch(layer, sites, lambda site, x: getcurrent().parent.switch((site, x))):
         yield begin
+
+
+@contextmanager
+def rounded(layer: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Inputs]) -> Iterator[None]:
+    """While active, the linears named in ``inputs`` read activations that were rounded.
+
+    Entries may come later: whoever watches a linear already sees what it reads before the rounding.
+    """
+
+    def hook(name: str, _linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (activations.rounded(inputs[name], args[0]), *args[1:]) if name in inputs else None
+
+    with ExitStack() as hooks:
+        for name in (name for site in sites for name in site.linears):
+            hooks.enter_context(layer.get_submodule(name).register_forward_pre_hook(partial(hook, name)))
+        yield
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "rows ..."]:

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmquant.errors import CheckpointError, OutputError
 from llmquant.models.spec import ModelSpec
@@ -124,6 +124,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
         return tensor
+
+    def operator(self, name: str, device: torch.device) -> nn.Module | None:
+        """Return the module that computes the linear ``name`` as a runtime does; None where its weight says it all."""
+        return None
 
     def align(self, spec: ModelSpec) -> None:
         """Name the tensors as the modules of the model.

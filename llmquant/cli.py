@@ -383,17 +383,18 @@ def _show(rows: list[Row]) -> None:
 def _show_plan(planned: Plan) -> None:
     from llmquant.report import size
 
-    table = Table("linears", "grid", "algorithm", "bits per weight")
-    groups: dict[tuple[str, str, str], int] = {}
+    table = Table("linears", "grid", "algorithm", "activations", "bits per weight")
+    groups: dict[tuple[str, str, str, str], int] = {}
     for linear in planned.linears:
         if linear.grid is None or linear.choice is None:
-            key = ("float", "", str(8 * linear.dtype.itemsize))
+            key = ("float", "", "float", str(8 * linear.dtype.itemsize))
         else:
             grid = f"{linear.choice.grid} {linear.choice.grid_config}"
-            key = (grid, f"{linear.choice.algorithm}", f"{linear.grid.bits_per_weight:.4f}")
+            activations = linear.activations.label if linear.activations else "float"
+            key = (grid, f"{linear.choice.algorithm}", activations, f"{linear.grid.bits_per_weight:.4f}")
         groups[key] = groups.get(key, 0) + 1
-    for (grid, algorithm, bits), count in groups.items():
-        table.add_row(str(count), escape(grid), algorithm, bits)
+    for (grid, *rest), count in groups.items():
+        table.add_row(str(count), escape(grid), *rest)
     out.print(table)
     for note in planned.notes:
         out.print(f"note: {escape(note)}")

@@ -1,6 +1,7 @@
 """Perplexity of a saved model, and its divergence from the float model, a layer at a time.
 
-What is evaluated is what was saved: packed files are decoded, layer by layer.
+What is evaluated is what was saved: packed files are decoded, layer by layer, and
+linears whose activations have 8 bits, too, are computed in integers.
 Logits exist for one window at a time, for both models together.
 """
 
@@ -107,7 +108,8 @@ def evaluate(
 ) -> Row:
     """Return the figures of one model, float or packed, on the windows of a text.
 
-    runtime: "torch" decodes the weights and computes in float; "llama.cpp" lets that program run a GGUF file.
+    runtime: "torch" decodes the weights and computes in float, or in integers where the file says that a runtime
+        does; "llama.cpp" lets that program run a GGUF file.
     """
     started = time.monotonic()
     memory.reset_peak()

@@ -159,11 +159,13 @@ def _tensors(
 
 
 def _settings(plan: Plan) -> dict[str, object]:
-    """Return the settings of the recipe's algorithm, for the formats that tell them."""
+    """Return the settings of the recipe's algorithm, for the formats that tell them, and of the linears' inputs."""
     choice = plan.recipe.choices[-1]
     assert choice is not None
     settings = {"algorithm": choice.algorithm, **vars(choice.algorithm_config)}
-    return settings | {"true_sequential": plan.recipe.true_sequential}
+    inputs = {name: linear.activations for name, linear in plan.quantized.items() if linear.activations}
+    told = {"inputs": inputs} if inputs else {}
+    return settings | {"true_sequential": plan.recipe.true_sequential} | told
 
 
 def _sha256(path: Path) -> str:

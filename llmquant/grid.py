@@ -25,7 +25,7 @@ one shape in a model of one dtype, or raises ShapeError.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,6 +33,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from llmquant import kernels
+from llmquant.activations import Inputs
 from llmquant.kernels import grid as kernel
 
 Params = dict[str, Tensor]
@@ -128,12 +129,14 @@ class QuantizedTensor:
 
     params: each [rows, spans, k].
     record: what the algorithm did that a report should tell, e.g. {"damping": 0.01}.
+    inputs: how a runtime rounds the activations before it multiplies; None: not at all.
     """
 
     grid: Grid
     codes: UInt8[Tensor, "rows cols"]
     params: Params
     record: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs | None = None
 
 
 def nearest(
@@ -227,6 +230,5 @@ def error_sums(
 
 def rows_of(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """Return the rows [start, stop): what one of several stacked weights became."""
-    return QuantizedTensor(
-        q.grid, q.codes[start:stop], {name: value[start:stop] for name, value in q.params.items()}, q.record
-    )
+    params = {name: value[start:stop] for name, value in q.params.items()}
+    return replace(q, codes=q.codes[start:stop], params=params)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from llmquant import gguf_file, plugins
 from llmquant.checkpoint import Checkpoint, locate
@@ -40,15 +42,47 @@ class PackedCheckpoint(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, decoded to float32 if it is packed, or some rows of it."""
         linear = name.removesuffix(".weight")
-        if linear not in self.packed:
+        if linear == name or linear not in self.packed:
             return super().read(name, rows)
-        parts = {suffix: super(PackedCheckpoint, self).read(full) for suffix, full in self.packed[linear].items()}
-        try:
-            weight: Tensor = self._exporter.unpack(parts, self.settings, linear)
-        except LlmquantError as error:
-            raise type(error)(f"{self.folder}: {linear}: {error}") from None
+        weight: Tensor = self._decoded(linear, self._exporter.unpack)
         weight = weight.T if self._conv1d else weight
         return weight[slice(*rows)] if rows else weight
+
+    def operator(self, name: str, device: torch.device) -> nn.Module | None:
+        if name not in self.packed or not hasattr(self._exporter, "operator"):
+            return None
+        module: nn.Module | None = self._decoded(name, self._exporter.operator, device)
+        return module
+
+    def _decoded(
+        self,
+        linear: str,
+        decode: Callable[[Mapping[str, Tensor], dict[str, Any], str], Any],
+        device: torch.device | None = None,
+    ) -> Any:
+        """Return what a function of the exporter makes of a linear's tensors; each is read when it is asked for."""
+        try:
+            return decode(_Parts(super().read, self.packed[linear], device), self.settings, linear)
+        except LlmquantError as error:
+            raise type(error)(f"{self.folder}: {linear}: {error}") from None
+
+
+class _Parts(Mapping[str, Tensor]):
+    """The tensors of a linear by the end of their name, read when they are asked for."""
+
+    def __init__(self, read: Callable[[str], Tensor], names: Mapping[str, str], device: torch.device | None) -> None:
+        self._read = read
+        self._names = names
+        self._device = device
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        return self._read(self._names[suffix]).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def gguf_path(path: Path) -> Path | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmquant import plugins
+from llmquant.activations import ActivationScheme, Inputs
 from llmquant.checkpoint import TensorInfo
 from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
@@ -46,6 +47,16 @@ class Linear:
     @property
     def weight_name(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def activations(self) -> ActivationScheme | None:
+        """What its inputs are rounded to, if they are."""
+        return self.choice.activations if self.grid and self.choice else None
+
+    @property
+    def static(self) -> bool:
+        """Whether calibration chooses the range of its inputs."""
+        return self.activations is not None and not self.activations.dynamic
 
 
 @dataclass(frozen=True)
@@ -175,15 +186,21 @@ def make(
     needs: list[Needs] = ["nothing"]
     needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
+    static = any(x.static for x in linears)
     most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
     if recipe.imatrix is not None:
         if recipe.transforms:
             raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
         if most == "hessian":
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
+        if static:
+            raise RecipeError("imatrix: does not tell the ranges of activations. Leave out `imatrix`; text tells both")
         most = "nothing"  # that the model's own activations must give
+    if static and most == "nothing":
+        most = "diagonal"
     if most != "nothing" and recipe.calibration is None:
-        raise RecipeError("calibration: missing, and the algorithm needs text. Add --set calibration.path=FILE.")
+        who = "static ranges of activations need" if static else "the algorithm needs"
+        raise RecipeError(f"calibration: missing, and {who} text. Add --set calibration.path=FILE.")
     quantized = {x.name for x in linears if x.grid}
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
     unfoldable: tuple[str, ...] = ()
@@ -252,8 +269,15 @@ def _linear(
             name_, substitute = substituted
             grid = substitute.bind(rows, cols, info.dtype)
             note = f"substituted {name_} {substitute}: {_short(error)}"
-        for exporter in exporters.values():
+        for format_, exporter in exporters.items():
             exporter.check(grid, rows, cols)
+            if choice.activations is not None:
+                if not hasattr(exporter, "check_inputs"):
+                    raise FormatError(
+                        f"a {format_} file cannot say that activations are rounded. Use `formats: [compressed_tensors]`"
+                        ", or leave out `activations`"
+                    )
+                exporter.check_inputs(grid, choice.activations)
             if spec.conv1d and not getattr(exporter, "CONV1D", False):
                 raise FormatError(
                     "transformers builds this model with Conv1D modules, which readers of this format do not replace. "
@@ -291,11 +315,13 @@ def placeholder(linear: Linear) -> QuantizedTensor:
         name: torch.empty(linear.rows, linear.cols // grid.span, value.shape[1], dtype=value.dtype, device="meta")
         for name, value in grid.store(wished, wished).items()
     }
-    return QuantizedTensor(grid, torch.empty(linear.rows, linear.cols, dtype=torch.uint8, device="meta"), params)
+    codes = torch.empty(linear.rows, linear.cols, dtype=torch.uint8, device="meta")
+    scheme = linear.activations
+    return QuantizedTensor(grid, codes, params, inputs=None if scheme is None else Inputs.placeholder(scheme))
 
 
 def _size(plan: Plan, exporter: ModuleType) -> int:
-    packed: dict[tuple[Grid, int, int], int] = {}
+    packed: dict[tuple[Grid, ActivationScheme | None, int, int], int] = {}
     if hasattr(exporter, "float_bytes"):
         total: int = exporter.float_bytes(plan)
     else:
@@ -304,7 +330,7 @@ def _size(plan: Plan, exporter: ModuleType) -> int:
     for linear in plan.linears:
         if linear.grid is None:
             continue
-        key = (linear.grid, linear.rows, linear.cols)
+        key = (linear.grid, linear.activations, linear.rows, linear.cols)
         if key not in packed:
             packed[key] = sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
         total += packed[key]

@@ -9,6 +9,8 @@ side of zero, of which the last above zero has no level.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,7 @@ BINS = 2048  # of the histogram that `kl` searches
 ROWS = 64  # whose histograms are searched together
 STEPS = 48  # shrunken ranges that `mse` tries
 SMALLEST = 0.35  # the narrowest of them, as a share of [min, max]
+E4M3_TOP = torch.finfo(torch.float8_e4m3fn).max
 
 Range = tuple[Tensor, Tensor]
 
@@ -46,16 +49,38 @@ def mse(x: Float[Tensor, "n values"], symmetric: bool, importance: Float[Tensor,
         low = with_a_level_below_zero(low, high, levels)
     whole = (high / (levels / 2) if symmetric else (high - low) / (levels - 1)).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.full_like(low, levels // 2) if symmetric else (-low / whole).round().clamp(min=1)
-    best = torch.full_like(low, torch.inf)
-    best_share = torch.ones_like(low)
-    for share in torch.linspace(1, SMALLEST, STEPS).tolist():
+
+    def rounded(share: float) -> Tensor:
         step = whole * share
-        rounded = ((x / step).round() + zero).clamp(0, levels - 1).sub_(zero).mul_(step)
-        error = (importance * rounded.sub_(x).square_()).sum(1, keepdim=True)
+        return ((x / step).round() + zero).clamp(0, levels - 1).sub_(zero).mul_(step)
+
+    share = _best_share(x, importance, rounded)
+    return low * share, high * share
+
+
+def mse_e4m3(x: Float[Tensor, "n values"], importance: Float[Tensor, "n values"]) -> Range:
+    """Return the shrunken symmetric range, its ends E4M3's last levels, that leaves the least error; see ``mse``."""
+    low, high = minmax(x, True)
+    whole = (high / E4M3_TOP).clamp(min=torch.finfo(x.dtype).tiny)
+
+    def rounded(share: float) -> Tensor:
+        scale = whole * share
+        return (x / scale).clamp_(-E4M3_TOP, E4M3_TOP).to(torch.float8_e4m3fn).to(x.dtype).mul_(scale)
+
+    share = _best_share(x, importance, rounded)
+    return low * share, high * share
+
+
+def _best_share(x: Tensor, importance: Tensor, rounded: Callable[[float], Tensor]) -> Float[Tensor, "n 1"]:
+    """Return the share of the whole range whose rounding leaves each row the least sum(importance * error²)."""
+    best = torch.full_like(x[:, :1], torch.inf)
+    best_share = torch.ones_like(best)
+    for share in torch.linspace(1, SMALLEST, STEPS).tolist():
+        error = (importance * rounded(share).sub_(x).square_()).sum(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_share = torch.where(better, share, best_share)
-    return low * best_share, high * best_share
+    return best_share
 
 
 def with_a_level_below_zero(low: Tensor, high: Tensor, levels: int) -> Tensor:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmquant import plugins
+from llmquant.activations import ActivationScheme
 from llmquant.data import Calibration
 from llmquant.errors import RecipeError
 
@@ -25,6 +26,7 @@ class Rule(BaseModel):
         Compared with the module's name, "model.layers.0.mlp.down_proj".
     grid, algorithm: as in the recipe. Without a `name` they change keys of the recipe's own.
     keep: leave these linears in float.
+    activations: as in the recipe, or "float": what these linears read is not rounded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +35,7 @@ class Rule(BaseModel):
     grid: dict[str, Any] = {}
     algorithm: dict[str, Any] = {}
     keep: bool = False
+    activations: ActivationScheme | Literal["float"] | None = None
 
     @property
     def patterns(self) -> list[str]:
@@ -40,7 +43,7 @@ class Rule(BaseModel):
 
 
 class Choice(BaseModel):
-    """The grid and the algorithm of one linear, by name and settings."""
+    """The grid and the algorithm of one linear, by name and settings, and what its inputs are rounded to."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -48,6 +51,7 @@ class Choice(BaseModel):
     grid_config: Any
     algorithm: str
     algorithm_config: Any
+    activations: ActivationScheme | None = None
 
 
 class Mixture(BaseModel):
@@ -77,6 +81,8 @@ class Recipe(BaseModel):
     algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
     transforms: [{name: awq, ...}, ...], what is done to the float model before, in this order; see
         `llmquant list transforms`.
+    activations: {type: int8, dynamic: true, ...}: round what the linears read, too; a runtime then multiplies 8-bit
+        numbers. Left out: only weights are quantized.
     rules: exceptions, by name.
     ignore: linears that stay float, by glob or "re:" expression; without a mixture the output matrix, if not given.
     fallback: what to do where a weight's columns do not divide into groups. "error" stops before
@@ -99,6 +105,7 @@ class Recipe(BaseModel):
     mixture: Mixture | None = None
     algorithm: dict[str, Any] = {"name": "rtn"}
     transforms: list[dict[str, Any]] = []
+    activations: ActivationScheme | None = None
     rules: list[Rule] = []
     ignore: list[str] | None = None
     fallback: Literal["error", "substitute", "keep"] = "error"
@@ -139,14 +146,15 @@ class Recipe(BaseModel):
     def choices(self) -> list[Choice | None]:
         """What each rule does, in order, and last what holds where none matches. None keeps the linear float."""
         # what holds for all comes first, so that its faults are not put down to a rule
-        own = None if self.grid is None else _choice(self.grid, self.algorithm, "")
+        own = None if self.grid is None else _choice(self.grid, self.algorithm, self.activations, "")
         found: list[Choice | None] = []
         for i, rule in enumerate(self.rules):
             if self.grid is None and not rule.grid and not rule.keep:
                 raise RecipeError(f"rules.{i}: a rule beside a mixture needs a `grid`, or `keep: true`")
             grid = _over(self.grid or {}, rule.grid)
-            choice = None if rule.keep else _choice(grid, _over(self.algorithm, rule.algorithm), f"rules.{i}.")
-            found.append(choice)
+            algorithm = _over(self.algorithm, rule.algorithm)
+            activations = None if rule.activations == "float" else rule.activations or self.activations
+            found.append(None if rule.keep else _choice(grid, algorithm, activations, f"rules.{i}."))
         return [*found, own]
 
     @cached_property
@@ -172,7 +180,7 @@ class Recipe(BaseModel):
         """Return the choice for a GGUF type, by the recipe's algorithm unless one is given; None for a float type."""
         if type_ not in plugins.names("grids"):
             return None
-        return _choice({"name": type_}, algorithm or self.algorithm, "")
+        return _choice({"name": type_}, algorithm or self.algorithm, self.activations, "")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -270,7 +278,15 @@ def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return change if "name" in change else base | change
 
 
-def _choice(grid: dict[str, Any], algorithm: dict[str, Any], where: str) -> Choice:
+def _choice(
+    grid: dict[str, Any], algorithm: dict[str, Any], activations: ActivationScheme | None, where: str
+) -> Choice:
     grid_name, grid_config = plugins.configure("grids", grid, f"{where}grid")
     algorithm_name, algorithm_config = plugins.configure("algorithms", algorithm, f"{where}algorithm")
-    return Choice(grid=grid_name, grid_config=grid_config, algorithm=algorithm_name, algorithm_config=algorithm_config)
+    return Choice(
+        grid=grid_name,
+        grid_config=grid_config,
+        algorithm=algorithm_name,
+        algorithm_config=algorithm_config,
+        activations=activations,
+    )

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import llmquant
+from llmquant import activations as activation_ranges
 from llmquant import calibrate, data, export, memory, plugins, recipe, threads, work
 from llmquant import plan as planning
+from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
 from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
@@ -359,11 +361,13 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
             continue
         with stream.layer(index) as layer:
             if log.has(index):
+                rounding: dict[str, Inputs] = {}
                 for linear in plan.of_layer(index):
                     if linear.grid is not None:
-                        _put(layer, plan, linear, log.load(linear))
+                        _put(layer, plan, linear, log.load(linear), rounding)
                 _put_floats(layer, plan, index, log.floats(index))
-                stream.run(layer, index, activations)
+                with calibrate.rounded(layer, plan.spec.sites, rounding):
+                    stream.run(layer, index, activations)
             else:
                 told: dict[str, Any] = {}
                 floats: dict[str, Tensor] = {}
@@ -396,7 +400,7 @@ def _transform_layer(
     sites = [
         s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
     ]
-    sums = {site.name: _accumulator(plan, stream, index, site) for site in sites}
+    sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site)) for site in sites}
     samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
 
     def see(site: Site, x: Tensor) -> None:
@@ -478,6 +482,7 @@ def _quantize_layer(
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
+    rounding: dict[str, Inputs] = {}
     sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
     scores = calibrate.score_linears(plan.spec)
 
@@ -487,18 +492,18 @@ def _quantize_layer(
         uncut = [x.name for x in linears if _local(plan, x) in scores]
         quantized, told = _quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
         for linear in linears:
-            _put(layer, plan, linear, quantized[linear.name])
+            _put(layer, plan, linear, quantized[linear.name], rounding)
         done.update(quantized)
         records.update(told)
 
-    with calibrate.stepwise(layer, sites) as begin:
+    with calibrate.stepwise(layer, sites) as begin, calibrate.rounded(layer, sites, rounding):
         if plan.recipe.true_sequential and plan.waiting_bytes < memory.available_bytes(stream.device) / 2:
             running = [begin(x, activations.call(x, index)) for x in activations.batches]
             for _ in sites:
                 stops = [next(steps) for steps in running]
                 reached = stops[0][0]
                 assert reached is not None
-                sums = _accumulator(plan, stream, index, reached)
+                sums = _accumulator(plan, stream, plan.of_layer(index, reached))
                 for _, seen in stops:
                     sums.add(seen)
                 quantize_site(reached, sums.result())
@@ -506,7 +511,7 @@ def _quantize_layer(
                 activations.batches = [next(steps)[1] for steps in running]
             return done, records
         for together in [[s] for s in sites] if plan.recipe.true_sequential else [sites]:
-            wanted = {s.name: _accumulator(plan, stream, index, s) for s in together}
+            wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s)) for s in together}
             for x in activations.batches:
                 steps = begin(x, activations.call(x, index))
                 for _, (reached, seen) in zip(sites[: sites.index(together[-1]) + 1], steps, strict=False):
@@ -516,17 +521,18 @@ def _quantize_layer(
             for site in together:
                 quantize_site(site, wanted[site.name].result())
     if go_on:
-        stream.run(layer, index, activations)
+        with calibrate.rounded(layer, sites, rounding):
+            stream.run(layer, index, activations)
     return done, records
 
 
-def _accumulator(plan: Plan, stream: Stream, index: int, site: Site) -> Accumulator:
-    return Accumulator(plan.of_layer(index, site)[0].cols, plan.needs, stream.device)
+def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear]) -> Accumulator:
+    return Accumulator(linears[0].cols, plan.needs, stream.device, sample=any(x.static for x in linears))
 
 
 def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
     """Return the statistics of what the output matrix reads."""
-    sums = Accumulator(stream.hidden_size, plan.needs, stream.device)
+    sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup])
     at = 0
     for x in activations.batches:
         sums.add(stream.before_head(tokens[at : at + len(x)], x).flatten(0, 1))
@@ -566,6 +572,8 @@ def _quantize_together(
             ]
             stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
             both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
+            if choice.activations is not None:
+                both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
         except LlmquantError as error:
             raise type(error)(f"{first.weight_name}: {error}") from None
         seconds = (time.monotonic() - started) / len(alike)
@@ -605,6 +613,7 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
         "error": round(error, 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
+        **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
         **q.record,
     }
 
@@ -613,8 +622,13 @@ def _local(plan: Plan, linear: Linear) -> str:
     return linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")
 
 
-def _put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor) -> None:
-    """Give a layer the weight that a runtime will read, so that what follows sees the real error."""
+def _put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor, rounding: dict[str, Inputs]) -> None:
+    """Give a layer the weight that a runtime will read, so that what follows sees the real error.
+
+    rounding: gets an entry where a runtime rounds the linear's inputs, too.
+    """
     weight = calibrate.weight_of(layer.get_submodule(_local(plan, linear)))
     with torch.no_grad():
         weight.copy_(dequantize(q))
+    if q.inputs is not None:
+        rounding[_local(plan, linear)] = q.inputs

@@ -13,6 +13,7 @@ Needs = Literal["nothing", "diagonal", "hessian"]
 """How much an algorithm wants to know; each includes the ones before it."""
 
 TOKENS = 512  # of a sample
+SAMPLE = 2**17  # values kept of those that a site reads
 BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
 
 
@@ -25,6 +26,7 @@ class Stats:
     abs_mean: |x|.
     tokens: how many tokens were seen.
     abs_max: the largest |x|; None where no activations were seen.
+    sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
     """
 
     hessian: Float[Tensor, "cols cols"] | None
@@ -32,9 +34,10 @@ class Stats:
     abs_mean: Float[Tensor, " cols"]
     tokens: int
     abs_max: Float[Tensor, " cols"] | None = None
+    sample: Float[Tensor, " values"] | None = None
 
     def divided(self, scales: Float[Tensor, " cols"]) -> Stats:
-        """Return the statistics of x / scales."""
+        """Return the statistics of x / scales; without a sample."""
         return Stats(
             None if self.hessian is None else self.hessian / scales / scales[:, None],
             self.square_mean / scales.square(),
@@ -51,18 +54,27 @@ class Stats:
 
 
 class Accumulator:
-    """Sums activations batch by batch, always in the order given, in float32."""
+    """Sums activations batch by batch, always in the order given, in float32.
 
-    def __init__(self, cols: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+    sample: keep a sample of the values, for the range of quantized activations. It is a uniform one whatever the
+        batches (each value draws a number, and those with the smallest stay), of at most ``SAMPLE`` values, and the
+        observers take it as they take a row of weights. A histogram would need observers of its own, and bins that
+        suit an outlier leave few to the bulk.
+    """
+
+    def __init__(self, cols: int, needs: Needs, device: torch.device | str = "cpu", sample: bool = False) -> None:
         self._hessian = torch.zeros(cols, cols, device=device) if needs == "hessian" else None
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
         self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
+        self._sample = _Values(device) if sample else None
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
         x = x.float()
         self._tokens += x.shape[0]
+        if self._sample is not None:
+            self._sample.add(x)
         magnitude = x.abs()
         self._magnitudes += magnitude.sum(0)
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
@@ -75,13 +87,14 @@ class Accumulator:
 
     def result(self) -> Stats:
         tokens = max(self._tokens, 1)
+        sample = None if self._sample is None else self._sample.result()
         if self._hessian is None:
             hessian, square_mean = None, self._squares / tokens
         else:
             upper = self._hessian.triu() / tokens
             hessian = upper + upper.triu(1).T
             square_mean = hessian.diagonal()
-        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest)
+        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest, sample)
 
 
 class Sample:
@@ -99,3 +112,29 @@ class Sample:
 
     def result(self) -> Float[Tensor, "tokens cols"]:
         return torch.cat(self._kept)
+
+
+class _Values:
+    """At most ``SAMPLE`` of the values that were added, each as likely to stay, and the extremes of all."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._values = self._draws = self._extremes = torch.empty(0, device=device)
+        self._bound = 1.0
+
+    def add(self, x: Float[Tensor, "tokens cols"]) -> None:
+        x = x.flatten()
+        if not len(x):
+            return
+        draws = torch.rand(len(x), generator=self._generator, device=x.device)
+        stay = draws < self._bound
+        self._values = torch.cat([self._values, x[stay]])
+        self._draws = torch.cat([self._draws, draws[stay]])
+        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, *torch.aminmax(x[None], dim=1)])))
+        if len(self._draws) > SAMPLE:
+            self._draws, smallest = self._draws.topk(SAMPLE, largest=False)
+            self._values = self._values[smallest]
+            self._bound = float(self._draws.max())
+
+    def result(self) -> Float[Tensor, " values"]:
+        return torch.cat([self._values, self._extremes])

@@ -19,6 +19,7 @@ from llmquant.checkpoint import Checkpoint, check_finite
 from llmquant.errors import CheckpointError
 from llmquant.models import spec_for
 from llmquant.models.spec import ModelSpec
+from llmquant.runtime.linear import QuantizedLinear
 
 BATCH_TOKENS = 4096
 """Tokens that pass through a layer together: enough to keep matrix products busy, few enough to stay in cache."""
@@ -56,15 +57,22 @@ class Stream:
         self.model.eval().requires_grad_(False)
         self._layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
+        self.weights = sum(
+            p.numel() for n, p in self.model.named_parameters() if not (self.tied and n == f"{self.spec.head}.weight")
+        )
+        """Number of weights in the whole model; a tied matrix counts once."""
         if weights:
             self.load()
 
     def load(self) -> None:
         """Load everything outside the decoder layers."""
+        head = self.checkpoint.operator(self.spec.head, self.device)
         outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{self.spec.layers}.")]
         for name in outside:
-            if not (self.tied and name == f"{self.spec.head}.weight"):
+            if not ((self.tied or head) and name == f"{self.spec.head}.weight"):
                 self._materialise(self.model, "", name)
+        if head is not None:
+            _replace(self.model, self.spec.head, head)
         if self.tied:
             self.model.get_submodule(self.spec.head).weight = self.model.get_submodule(self.spec.embed).weight
         for name, buffer in list(self.model.named_buffers()):  # such as rotary tables
@@ -77,11 +85,6 @@ class Stream:
     @property
     def vocabulary(self) -> int:
         return int(self.config.get_text_config().vocab_size)
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in the whole model; a tied matrix counts once."""
-        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def other_linears(self) -> list[str]:
@@ -124,14 +127,23 @@ class Stream:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load a decoder layer for the duration of the context."""
+        """Load a decoder layer for the duration of the context; its linears compute as a runtime does."""
         layer = self._layers[index]
-        names = [name for name, _ in layer.named_parameters()]
+        prefix = f"{self.spec.layers}.{index}."
+        operators = {
+            name: operator
+            for name, _ in layer.named_modules()
+            if (operator := self.checkpoint.operator(prefix + name, self.device))
+        }
+        names = [n for n, _ in layer.named_parameters() if n.removesuffix(".weight") not in operators]
         for name in names:
-            self._materialise(layer, f"{self.spec.layers}.{index}.", name)
+            self._materialise(layer, prefix, name)
+        replaced = {name: _replace(layer, name, operator) for name, operator in operators.items()}
         try:
             yield layer
         finally:
+            for name, module in replaced.items():
+                _replace(layer, name, module)
             for name in names:
                 set_module_tensor_to_device(layer, name, "meta")
 
@@ -175,14 +187,11 @@ class Stream:
     ) -> Float[Tensor, "sequences time hidden"]:
         """Return what the output matrix reads; the logits are not computed."""
         seen: list[Tensor] = []
-        head = self.model.get_submodule(self.spec.head)
-        parent_name, _, name = self.spec.head.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        setattr(parent, name, _Catch(seen))
+        head = _replace(self.model, self.spec.head, _Catch(seen))
         try:
             self.finish(tokens, x)
         finally:
-            setattr(parent, name, head)
+            _replace(self.model, self.spec.head, head)
         return seen[0]
 
     def hidden(
@@ -196,6 +205,16 @@ class Stream:
             if progress:
                 progress()
         return [row[None] for batch in activations.batches for row in batch]
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of another, whose bias it takes over, and return that."""
+    parent, _, name = path.rpartition(".")
+    old = root.get_submodule(path)
+    if isinstance(module, QuantizedLinear):
+        module.bias = getattr(old, "bias", None)
+    setattr(root.get_submodule(parent), name, module)
+    return old
 
 
 class Activations:

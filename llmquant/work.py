@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, atomic_save, read_json, write_json
 from llmquant.errors import OutputError
 from llmquant.grid import QuantizedTensor
@@ -20,13 +21,14 @@ from llmquant.plan import Linear
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
+INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 
 
 class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
-    A file holds, for every linear of a layer, its codes and the stored
-    parameters of its grid, and what a report says about it; and the float
+    A file holds, for every linear of a layer, its codes, the stored parameters of
+    its grid and of its inputs, and what a report says about it; and the float
     tensors of the layer that transforms changed.
     """
 
@@ -77,6 +79,8 @@ class Work:
                 if spans := q.grid.shared.get(key):
                     value = value.flatten(0, 1)[::spans]
                 tensors[f"{name}:{key}"] = value.cpu().contiguous()
+            if q.inputs is not None:
+                tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
         try:
             atomic_save(self._path(layer), tensors, {"records": json.dumps(records)})
         except (OSError, SafetensorError) as error:
@@ -89,11 +93,14 @@ class Work:
         with safe_open(self._path(linear.layer), "pt") as file:
             codes = file.get_tensor(f"{name}:codes")
             keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
-            params = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+            stored = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+        params = {k: v for k, v in stored.items() if not k.startswith(INPUTS)}
         shape = len(codes), codes.shape[1] // grid.span
         for key, spans in grid.shared.items():
             params[key] = params[key].repeat_interleave(spans, 0)[: math.prod(shape)].view(*shape, -1)
-        return QuantizedTensor(grid, codes, params)
+        scheme = linear.activations
+        ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
+        return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
 
     def floats(self, layer: int | None) -> dict[str, Tensor]:
         """Return the float tensors of a layer that transforms changed, by their full names."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmquant.stats import BLOCK, Accumulator, Stats
+from llmquant.stats import BLOCK, SAMPLE, Accumulator, Stats
 
 
 def tokens(n, cols, seed=0):
@@ -72,3 +72,37 @@ def test_a_site_that_saw_no_token_has_statistics_of_zero():
     stats = Accumulator(4, "hessian").result()
     assert stats.tokens == 0
     assert torch.equal(stats.hessian, torch.zeros(4, 4))
+
+
+def sampled(batches):
+    accumulator = Accumulator(batches[0].shape[1], "nothing", sample=True)
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator.result().sample
+
+
+def test_a_sample_of_few_values_holds_all_of_them_and_the_extremes_again():
+    x = tokens(30, 7)
+    sample = sampled(x.split(11))
+    assert torch.equal(sample[:-2].sort().values, x.flatten().sort().values)
+    assert torch.equal(sample[-2:], torch.stack([x.min(), x.max()]))
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+def test_a_sample_of_many_values_is_bounded_and_fair_to_early_and_late_ones(parts):
+    x = torch.arange(4.0 * SAMPLE).view(-1, 64)  # a value tells its place
+    sample = sampled(x.tensor_split(parts))
+    assert len(sample) == SAMPLE + 2
+    assert torch.equal(sample[-2:], torch.tensor([0, 4.0 * SAMPLE - 1]))
+    assert len(sample[:-2].unique()) == SAMPLE
+    quarters = torch.bincount((sample[:-2] / SAMPLE).long())
+    assert (quarters - SAMPLE / 4).abs().max() < 5 * (SAMPLE * 3 / 16) ** 0.5  # five standard deviations
+
+
+def test_the_same_batches_give_the_same_sample():
+    batches = torch.arange(2.0 * SAMPLE).view(-1, 64).split(1000)
+    assert torch.equal(sampled(batches), sampled(batches))
+
+
+def test_no_sample_is_kept_unless_asked_for():
+    assert collected([tokens(5, 3)]).sample is None

@@ -1,0 +1,1 @@
+"""Quantized linears computed as a deployed model computes them: in integers."""
