@@ -398,10 +398,10 @@ def _show_plan(planned: Plan) -> None:
     for note in planned.notes:
         out.print(f"note: {escape(note)}")
     out.print(f"{planned.bits_per_weight:.4f} bits per quantized weight; {planned.weights:,} weights in all")
-    for name, count in planned.sizes.items():
+    for name, count in planned.files.items():
         out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
     out.print(
-        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.sizes.values()))}"
+        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.files.values()))}"
     )
 
 
@@ -416,7 +416,7 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "kept": {name: list(info.shape) for name, info in planned.kept.items()},
         "notes": planned.notes,
         "bits_per_weight": planned.bits_per_weight,
-        "bytes": dict(planned.sizes),
+        "bytes": dict(planned.files),
         "peak_bytes": planned.peak_bytes,
         "work_bytes": planned.work_bytes,
     }

@@ -91,18 +91,30 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
-    """Return what a run would do; reads no weights."""
-    checkpoint = load_float(model)
-    stream = Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False)
+    """Return what a run would do, with the sizes of its files; reads no weights."""
+    stream = Stream(load_float(model), torch.device("cpu"), trust_remote_code, weights=False)
+    return with_files(plan_for(stream, recipe_), stream)
+
+
+def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
+    """Return what a run would do to the model of a stream."""
     return planning.make(
         recipe_,
         stream.spec,
         stream.config,
         stream.tied,
         stream.hidden_size,
-        checkpoint.infos,
+        stream.checkpoint.infos,
         stream.context,
         stream.other_linears,
+    )
+
+
+def with_files(plan: Plan, stream: Stream) -> Plan:
+    """Return a plan that knows how large its files will be."""
+    formats = plan.recipe.formats
+    return replace(
+        plan, files={name: export.file_bytes(plan, stream.checkpoint, name, stream.config) for name in formats}
     )
 
 
@@ -145,12 +157,12 @@ def quantize(
         export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
         stream.load()
-    direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
+    direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
     if text is not None or work_folder is not None or len(recipe_.formats) > 1:
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
-        source = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
+        source = work.Work(folder, fingerprint(checkpoint, plan, text), restart)
         resumed = sum(source.has(i) for i in range(plan.layers))
         if text is None:
             direct.save(source, progress)
@@ -241,7 +253,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     return plan, checkpoint, stream.config, log
 
 
-def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
     """Return what decides the codes: model, recipe (without its formats), imatrix, tokens and versions."""
     imatrix = plan.recipe.imatrix
     recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
@@ -259,7 +271,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
-def _importance(plan: Plan, stream: Stream) -> Mapping[str, Tensor]:
+def importance(plan: Plan, stream: Stream) -> Mapping[str, Tensor]:
     """Return what the recipe's imatrix says of each weight's columns, by the weight's name."""
     if plan.recipe.imatrix is None:
         return {}
@@ -295,7 +307,7 @@ class Direct:
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records = _quantize_together([linear], [weight], self._stats(linear))
+        done, records = quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -311,7 +323,7 @@ class Direct:
         def quantize(edge: tuple[int, int]) -> tuple[Tensor, int, dict[str, Any]]:
             rows = edge[1] - edge[0]
             weight = self._weight(linear, *edge)
-            done, told = _quantize_together([replace(linear, rows=rows)], [weight], self._stats(linear))
+            done, told = quantize_together([replace(linear, rows=rows)], [weight], self._stats(linear))
             return pack(done[linear.name]), rows, told[linear.name]
 
         for packed, rows, record in threads.side_by_side(quantize, list(itertools.pairwise(edges))):
@@ -370,8 +382,8 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
             if linear.lookup:
                 weight, stats = stream.embedding_weight(), Stats.none(linear.cols, stream.device)
             else:
-                weight, stats = stream.head_weight(), _head_stats(stream, tokens, activations, plan)
-            quantized, told = _quantize_together([linear], [weight], stats)
+                weight, stats = stream.head_weight(), head_stats(stream, tokens, activations, plan)
+            quantized, told = quantize_together([linear], [weight], stats)
             done |= quantized
             records |= told
         log.save(None, done, records)
@@ -396,7 +408,7 @@ def _quantize_layer(
     def quantize_site(site: Site, stats: Stats) -> None:
         linears = [x for x in plan.of_layer(index, site) if x.grid]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
-        quantized, told = _quantize_together(linears, weights, stats)
+        quantized, told = quantize_together(linears, weights, stats)
         for linear in linears:
             _put(layer, plan, linear, quantized[linear.name])
         done.update(quantized)
@@ -435,7 +447,7 @@ def _accumulator(plan: Plan, stream: Stream, index: int, site: Site) -> Accumula
     return Accumulator(plan.of_layer(index, site)[0].cols, plan.needs, stream.device)
 
 
-def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
+def head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
     """Return the statistics of what the output matrix reads."""
     sums = Accumulator(stream.hidden_size, plan.needs, stream.device)
     at = 0
@@ -445,7 +457,7 @@ def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: 
     return sums.result()
 
 
-def _quantize_together(
+def quantize_together(
     linears: Sequence[Linear], weights: Sequence[Tensor], stats: Stats
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
     """Quantize linears that read the same activations.
