@@ -428,7 +428,7 @@ def _quantize_layer(
             if go_on:
                 activations.batches = [next(steps)[1] for steps in running]
             return done, records
-        for together in [[s] for s in sites] if plan.recipe.true_sequential else [sites]:
+        for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
             wanted = {s.name: _accumulator(plan, stream, index, s) for s in together}
             for x in activations.batches:
                 steps = begin(x, activations.call(x, index))

@@ -7,7 +7,10 @@ from llmquant import api
 from tests.conftest import VOCABULARY
 
 CASES = {
-    "gptq and compressed-tensors": ("rtn-w4g128", ["grid.group_size=32", "formats=[gptq, gptq_v2, compressed_tensors]"]),
+    "gptq and compressed-tensors": (
+        "rtn-w4g128",
+        ["grid.group_size=32", "formats=[gptq, gptq_v2, compressed_tensors]"],
+    ),
     "zero points": ("rtn-w4g128", ["grid.group_size=16", "grid.symmetric=false", "grid.bits=3"]),
     "one scale": ("rtn-w4g128", ["grid.strategy=tensor"]),
     "shards": ("rtn-w4g128", ["grid.group_size=32", "max_shard_size=40kB"]),
