@@ -19,8 +19,8 @@ from llmquant import api, evaluation, recipe
 from llmquant.report import markdown, size
 
 UNIFORM = {
-    "gguf-q4_k_s": ("q2_k,q3_k,q4_k,q5_k,q6_k", []),
-    "gguf-q3_k_m": ("q2_k,q3_k,q4_k,q5_k,q6_k", []),
+    "gguf-q4_k_s": ("q3_k,q4_k,q5_k,q6_k", []),
+    "gguf-q3_k_m": ("q2_k,q3_k,q4_k,q5_k", []),
     "rtn-w4g128": ("2,3,4,w4g32,8", ["grid.symmetric=false", "fallback=substitute"]),
     "gptq-w3g128": ("2,3,4,w4g32,8", ["fallback=substitute"]),
 }

@@ -54,6 +54,7 @@ def quantize(
     text: Text | None = None,
     protocol: str = "llama.cpp",
     evaluate: bool = True,
+    noise: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -64,10 +65,14 @@ def quantize(
     changes: "key.path=value" for keys of the recipe.
     work: a folder to keep the finished layers in; by default it is beside ``out`` and removed at the end.
     text: what to measure on; by default sequences of the calibration text that were not calibrated on.
+    noise: measure too how the error grows from layer to layer (``Report.residual_errors``), on the same text. Needs
+        ``evaluate``; both models are computed once more, with the activations of both in memory.
 
     >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
     """
     chosen = _recipe(recipe, changes)
+    if noise and (not evaluate or (text is None and chosen.calibration is None)):
+        raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
     windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
     report, held_out = run.quantize(model, chosen, out, work, device, restart, trust_remote_code, progress)
     windows = windows or (held_out if evaluate else None)
@@ -78,6 +83,11 @@ def quantize(
             evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
         )
         rows += _measure(report, windows, reference, device, trust_remote_code, progress)
+        if noise:
+            for name, folder in report.outputs.items():
+                report.residual_errors[name] = evaluation.residual_errors(
+                    folder, windows, reference, device, trust_remote_code, progress
+                )
     _finish(report, rows, model)
     return report
 

@@ -128,6 +128,10 @@ def quantize(
     text: Text = None,
     protocol: ProtocolName = "llama.cpp",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    noise: Annotated[
+        bool,
+        typer.Option("--noise", help="Measure how the error grows from layer to layer: both models once more."),
+    ] = False,
     split: Annotated[
         str | None, typer.Option("--split-max-size", help="Write numbered files of at most this size, e.g. 5GB.")
     ] = None,
@@ -152,6 +156,7 @@ def quantize(
             text=text,
             protocol=protocol,
             evaluate=not no_eval,
+            noise=noise,
             restart=restart,
             trust_remote_code=trust,
             progress=tell,
@@ -166,6 +171,8 @@ def quantize(
         _show([Row(**row) for row in report.evaluation])
     elif not no_eval:
         out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
+    for name, errors in report.residual_errors.items():
+        out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
     for name, target in report.outputs.items():
         out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
     _write(facts, report.as_dict())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import llmquant
-from llmquant import calibrate, data, export, memory, plugins, recipe, threads, work
+from llmquant import calibrate, data, export, memory, noise, plugins, recipe, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
@@ -42,7 +42,9 @@ class Report:
     """What a run did.
 
     linears: module name -> output error (relative, on the calibration tokens; weight error
-        where there are none), damping, bits per weight, seconds.
+        where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
+    residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
+        of its size; where asked for.
     outputs: format -> folder. bytes: format -> size of its weights' files.
     """
 
@@ -59,6 +61,7 @@ class Report:
     peak_rss_bytes: int = 0
     resumed_layers: int = 0
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    residual_errors: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def quantize(
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
-    report.linears = source.all_records()
+    report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
     if work_folder is None:
         source.remove()
     else:
@@ -329,8 +332,9 @@ class Direct:
         for packed, rows, record in threads.side_by_side(quantize, list(itertools.pairwise(edges))):
             records.append((rows, record))
             yield packed
-        mean = {key: sum(n * r[key] for n, r in records) / linear.rows for key in ("error", "seconds")}
-        self._records[linear.name] = records[0][1] | {key: round(value, 8) for key, value in mean.items()}
+        keys = [key for key in ("error", "seconds", *noise.AVERAGED) if records[0][1][key] is not None]
+        mean = {key: sum(n * r[key] for n, r in records) / linear.rows for key in keys}
+        self._records[linear.name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
 
     def _stats(self, linear: Linear) -> Stats:
         known = self._importance.get(linear.weight_name)
@@ -508,6 +512,8 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
         "error": round(error, 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
+        "layer": linear.layer,
+        **noise.of_weights(w, delta, q),
         **q.record,
     }
 
