@@ -21,8 +21,8 @@ from llmquant.report import markdown, size
 UNIFORM = {
     "gguf-q4_k_s": ("q3_k,q4_k,q5_k,q6_k", []),
     "gguf-q3_k_m": ("q2_k,q3_k,q4_k,q5_k", []),
-    "rtn-w4g128": ("2,3,4,w4g32,8", ["grid.symmetric=false", "fallback=substitute"]),
-    "gptq-w3g128": ("2,3,4,w4g32,8", ["fallback=substitute"]),
+    "rtn-w4g128": ("3,4,w4g32,8", ["grid.symmetric=false"]),
+    "gptq-w3g128": ("2,3,4,8", []),
 }
 """A shipped recipe -> the grids that its budget may be spent on, and changes."""
 COLUMNS = ("model", "recipe", "uniform: bytes", "budgeted: bytes", "sum of parts", "budgeted, selection", "uniform KLD")
@@ -55,10 +55,10 @@ def main() -> None:
         }
         for uniform in args.recipes:
             grids, changes = UNIFORM[uniform]
-            chosen = recipe.load(uniform, [*changes])
+            chosen = recipe.load(uniform, changes)
             if chosen.calibration is not None:
-                changes = [*changes, f"calibration.path={calibration}", "calibration.sequences=48"]
-                chosen = recipe.load(uniform, [*changes, "calibration.length=256"])
+                text_of = [f"calibration.path={calibration}", "calibration.sequences=48", "calibration.length=256"]
+                chosen = recipe.load(uniform, [*changes, *text_of])
             place = args.work / f"{name}-{uniform}-{args.by}"
             found = api.sensitivity(
                 model,
