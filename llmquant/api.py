@@ -237,6 +237,9 @@ def sensitivity(
     >>> sensitivity("org/model", "gguf-q4_k_s", "out", text="dev.txt", grids="budget")  # doctest: +SKIP
     """
     chosen = _recipe(recipe, changes)
+    calibration = chosen.calibration and chosen.calibration.path
+    if calibration and not isinstance(text, data.TextSource) and calibration.absolute() == Path(text).absolute():
+        raise DataError(f"--text {text}: the recipe calibrates on this text. Measure on another one.")
     windows = evaluation.read_windows(model, text, protocol, max_tokens)
     return sensitivities.measure(
         model, chosen, windows, Path(out), by, grids, device, restart, trust_remote_code, announce, progress

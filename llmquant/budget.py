@@ -81,6 +81,7 @@ def fill(
             + (f"; {missing[0][0]} was not measured on {missing[0][1]}" if missing else "")
             + ". Run `llmquant sensitivity` with this model and recipe to its end."
         )
+    _check_same(found, run.fingerprint(stream.checkpoint, own, None))
     exporter = plugins.load("exporters", format_, "formats")
     plans = {grid: run.with_files(run.plan_for(stream, uniform(recipe, units, grid)), stream) for grid in grids}
     sizes = {
@@ -122,6 +123,19 @@ def fill(
             kld = sum(option[i][1] for option, i in zip(options, chosen, strict=True))
             return Budgeted(made, plan, limit, choices, kld)
         spent -= excess
+
+
+def _check_same(found: Sensitivity, now: Mapping[str, Any]) -> None:
+    """Raise RecipeError when the divergences are those of another model, algorithm or base of the grids."""
+    before = found.fingerprint
+    if before["model"]["hash"] != now["model"]["hash"]:
+        raise RecipeError(f"--sensitivity: was measured on other weights, those of {before['model']['folder']}")
+    for key in ("algorithm", "grid", *(["mixture"] if OWN in found.grids else [])):
+        if before["recipe"].get(key) != now["recipe"].get(key):
+            raise RecipeError(
+                f"--sensitivity: was measured with {key} = {before['recipe'].get(key)}, and this recipe has "
+                f"{now['recipe'].get(key)}. Measure again, in another folder."
+            )
 
 
 def _rules(plan: Plan, recipe: Recipe, by_linear: Mapping[str, str]) -> list[dict[str, Any]]:

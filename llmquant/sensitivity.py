@@ -216,6 +216,10 @@ def measure(
     own = run.plan_for(stream, recipe)
     units = units_of(own, by)
     plans = {label: run.plan_for(stream, uniform(recipe, units, label)) for label in labels}
+    for label, plan in plans.items():
+        left = next((x for u in units for x in plan.linears if x.name in u.linears and x.grid is None), None)
+        if left is not None:
+            raise RecipeError(f"grids: {label}: {left.name} would stay float: {left.note}. Leave this grid out")
     most = max((p.needs for p in plans.values()), key=("nothing", "diagonal", "hessian").index)
     text = None
     if most != "nothing":

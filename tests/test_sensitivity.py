@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from llmquant import api, budget, evaluation, knapsack, recipe, sensitivity
-from llmquant.errors import OutputError, RecipeError
+from llmquant.errors import DataError, LlmquantError, OutputError, RecipeError
 
 TOKENS = 1024
 
@@ -100,10 +99,23 @@ def test_without_matplotlib_the_chart_alone_is_missing(llama, windows, tmp_path,
 
 def test_grids_that_mean_nothing_are_refused(llama, windows, tmp_path):
     for grids, message in (("q4_q", "Did you mean 'q4_k'"), ("9", "bits is 9"), ("q8_0", "cannot hold the grid")):
-        with pytest.raises(RecipeError if grids != "q8_0" else Exception, match=message):
+        with pytest.raises(LlmquantError, match=message):
             measure(llama, windows, tmp_path, "rtn-w4g128", ["grid.group_size=32"], grids=grids)
     with pytest.raises(RecipeError, match="has a mixture"):
         measure(llama, windows, tmp_path, "gguf-q4_k_s", grids="3")
+
+
+def test_text_that_is_calibrated_on_is_refused(llama, calibrated, texts, tmp_path):
+    with pytest.raises(DataError, match="calibrates on this text"):
+        api.sensitivity(
+            llama, "gptq-w4g128", tmp_path, text=texts / "calibration.txt", changes=calibrated, protocol="sliding"
+        )
+
+
+def test_a_grid_that_leaves_a_linear_float_is_refused(llama, windows, tmp_path):
+    changes = ["grid.group_size=32", "fallback=keep"]
+    with pytest.raises(RecipeError, match=r"w4g96: .*q_proj would stay float: kept float: 64 columns"):
+        measure(llama, windows, tmp_path, "rtn-w4g128", changes, grids="w4g96")
 
 
 # Budgets
@@ -192,19 +204,11 @@ def test_a_budget_is_kept_to_the_byte_by_the_written_files(name, llama, windows,
         (written,) = report.bytes.values()
         assert next(iter(filled.plan.files.values())) == written <= limit
         assert written > limit - 0.02 * most
+        base = recipe.load(name, changes)
         for linear, grid in filled.choices.items():
-            told = yaml.safe_load((tmp_path / f"out-{share}" / "recipe.yaml").read_text())
-            assert (
-                recipe.Recipe(**told).choose(linear).grid_config
-                == recipe.Recipe(
-                    **(
-                        recipe.load(name, changes).model_dump(exclude_defaults=True)
-                        | {"rules": [{"match": "*", "grid": sensitivity.grid_rule(grid, recipe.load(name, changes))}]}
-                    )
-                )
-                .choose(linear)
-                .grid_config
-            )
+            rule = {"match": linear, "grid": sensitivity.grid_rule(grid, base)}
+            expected = sensitivity.with_rules(base, [rule]).choose(linear)
+            assert recipe.load(tmp_path / f"out-{share}" / "recipe.yaml").choose(linear) == expected
         assert before is None or filled.kld <= before
         before = filled.kld
     for outside in (least - 1, most + 1):
@@ -221,6 +225,8 @@ def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp
     assert filled.kld <= sum(results["4"].kld for results in found.table().values())
     with pytest.raises(RecipeError, match="neither bits per weight"):
         budget.to_bytes("4 bits", 10)
+    with pytest.raises(RecipeError, match=r"measured with grid = .*'group_size': 32.* this recipe has .*16"):
+        budget.fill(model, recipe.load("rtn-w4g128", ["grid.group_size=16"]), found, "5bpw", "mixed")
     by_linear = dataclasses.replace(found, by="linear")
     with pytest.raises(RecipeError, match="have 21"):
         budget.fill(model, chosen, by_linear, "5bpw", "mixed")
