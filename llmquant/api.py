@@ -9,13 +9,17 @@ llmquant.compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
+from llmquant import budget as budgets
 from llmquant import data, evaluation, plugins, run
 from llmquant import export as exporting
 from llmquant import recipe as recipes
 from llmquant import report as reports
+from llmquant import sensitivity as sensitivities
+from llmquant.budget import Budgeted
 from llmquant.checkpoint import check_output, locate, write_json
 from llmquant.errors import DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
@@ -23,6 +27,7 @@ from llmquant.plan import Plan
 from llmquant.protocols import Windows
 from llmquant.recipe import Recipe
 from llmquant.run import Progress, Report, silent
+from llmquant.sensitivity import Cost, Sensitivity
 
 Text = str | Path | data.TextSource
 
@@ -49,6 +54,7 @@ def quantize(
     text: Text | None = None,
     protocol: str = "llama.cpp",
     evaluate: bool = True,
+    noise: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -59,10 +65,14 @@ def quantize(
     changes: "key.path=value" for keys of the recipe.
     work: a folder to keep the finished layers in; by default it is beside ``out`` and removed at the end.
     text: what to measure on; by default sequences of the calibration text that were not calibrated on.
+    noise: measure too how the error grows from layer to layer (``Report.residual_errors``), on the same text. Needs
+        ``evaluate``; both models are computed once more, with the activations of both in memory.
 
     >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
     """
     chosen = _recipe(recipe, changes)
+    if noise and (not evaluate or (text is None and chosen.calibration is None)):
+        raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
     windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
     report, held_out = run.quantize(model, chosen, out, work, device, restart, trust_remote_code, progress)
     windows = windows or (held_out if evaluate else None)
@@ -73,6 +83,11 @@ def quantize(
             evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
         )
         rows += _measure(report, windows, reference, device, trust_remote_code, progress)
+        if noise:
+            for name, folder in report.outputs.items():
+                report.residual_errors[name] = evaluation.residual_errors(
+                    folder, windows, reference, device, trust_remote_code, progress
+                )
     _finish(report, rows, model)
     return report
 
@@ -194,6 +209,72 @@ def imatrix(
     return out
 
 
+def sensitivity(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    text: Text,
+    by: Literal["linear", "site", "layer"] = "linear",
+    grids: str = "recipe",
+    changes: Iterable[str] = (),
+    protocol: str = "llama.cpp",
+    max_tokens: int | None = 8192,
+    device: str = "auto",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    announce: Callable[[Cost], None] = lambda cost: None,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Quantize each linear (or site, or layer) alone, measure what it does to the predictions, and return that.
+
+    Writes ``out/sensitivity.json`` after every measurement; the same call goes on from there.
+    text: what to measure on; not the calibration text.
+    grids: separated by commas: "recipe", names of grids, bits for the recipe's own grid ("3", "w3g64"), or "budget"
+        for the set that budgets are usually filled with.
+    announce: told what it will cost before the measurements begin.
+
+    >>> sensitivity("org/model", "gguf-q4_k_s", "out", text="dev.txt", grids="budget")  # doctest: +SKIP
+    """
+    chosen = _recipe(recipe, changes)
+    calibration = chosen.calibration and chosen.calibration.path
+    if calibration and not isinstance(text, data.TextSource) and calibration.absolute() == Path(text).absolute():
+        raise DataError(f"--text {text}: the recipe calibrates on this text. Measure on another one.")
+    windows = evaluation.read_windows(model, text, protocol, max_tokens)
+    return sensitivities.measure(
+        model, chosen, windows, Path(out), by, grids, device, restart, trust_remote_code, announce, progress
+    )
+
+
+def budget(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    size: str,
+    sensitivity: str | Path | Sensitivity,
+    out: str | Path,
+    *,
+    changes: Iterable[str] = (),
+    trust_remote_code: bool = False,
+) -> Budgeted:
+    """Return the mixed-precision recipe with the least expected divergence within a size, and write it as YAML.
+
+    size: of the weights' files, headers included: "4.5bpw" (in bits, over all weights of the model), "3.2GB", "3GiB".
+    sensitivity: what was measured with this model and recipe, or its sensitivity.json.
+
+    >>> budget("org/model", "gguf-q4_k_s", "4.5bpw", "out/sensitivity.json", "mixed.yaml")  # doctest: +SKIP
+    """
+    out = Path(out)
+    if out.suffix not in (".yaml", ".yml"):
+        raise OutputError(f"{out}: a recipe is a file whose name ends in .yaml")
+    found = sensitivity if isinstance(sensitivity, Sensitivity) else sensitivities.read(Path(sensitivity))
+    filled = budgets.fill(model, _recipe(recipe, changes), found, size, out.stem, trust_remote_code)
+    try:
+        out.write_text(recipes.dump(filled.recipe), "utf-8")
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+    return filled
+
+
 def _recipe(recipe: str | Path | Recipe, changes: Iterable[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, list(changes))
 
@@ -229,4 +310,7 @@ def _comparison(rows: Sequence[Row], model: str | Path) -> str:
     return reports.comparison(rows, Path(model).name)
 
 
-__all__ = ["Reference", "Report", "Row", "compare", "evaluate", "export", "imatrix", "plan", "quantize"]
+__all__ = [
+    *("Budgeted", "Reference", "Report", "Row", "Sensitivity"),
+    *("budget", "compare", "evaluate", "export", "imatrix", "plan", "quantize", "sensitivity"),
+]

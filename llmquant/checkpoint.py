@@ -28,6 +28,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+ORDER = (torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
+         torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
+"""In which safetensors sorts tensors, backwards."""
+METADATA = {"format": "pt"}
 SHARD_BYTES = 5_000_000_000
 
 
@@ -211,22 +215,12 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
     One file when everything fits in a shard, else numbered shards and an index.
     """
     shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
+    total = 0
+    for held in _cut(tensors, shard_bytes):
         path = folder / f"part-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-            pending, size = {}, 0
-        pending[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+        save_file(held, path, metadata=METADATA)
+        shards.append((path, list(held)))
+        total += sum(tensor.nbytes for tensor in held.values())
     if len(shards) == 1:
         names = [SINGLE]
     else:
@@ -236,6 +230,43 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
     for (path, _), name in zip(shards, names, strict=True):
         path.rename(folder / name)
     return sum((folder / name).stat().st_size for name in names)
+
+
+def shards_bytes(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Return the size of the files that ``write_shards`` makes of these tensors; they may be on the meta device."""
+    return sum(_file_bytes(held) for held in _cut(tensors, shard_bytes))
+
+
+def _cut(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of one shard after the other."""
+    pending: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            yield pending
+            pending, size = {}, 0
+        pending[name] = tensor.contiguous()
+        size += tensor.nbytes
+    yield pending
+
+
+def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of a safetensors file: eight bytes, a JSON header filled up to a multiple of eight, the tensors.
+
+    Tensors stand by dtype, those with the largest elements first, then by name; the header tells where in decimal
+    digits, so that its length depends on all sizes. Source: safetensors 0.5 (src/tensor.rs).
+    """
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    at = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-ORDER.index(item[1].dtype), item[0])):
+        header[name] = {
+            "dtype": next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + length + -length % 8 + at
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,17 @@ def plan(
     formats: Formats = [],
     pure: Pure = False,
     tensor_types: TensorTypes = [],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a mixed-precision recipe of at most this size: of the weights' files, headers and float "
+            "tensors included; 3.2GB, 900MB, 3GiB, or 4.5bpw: these files in bits over all weights of the model."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="With --budget: what `llmquant sensitivity` has written.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--out", help="With --budget: the new recipe, a .yaml file.")] = None,
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
@@ -87,7 +99,17 @@ def plan(
     """
     from llmquant import api
 
-    planned = api.plan(model, recipe, changes=_with(changes, formats, pure, tensor_types), trust_remote_code=trust)
+    changes = _with(changes, formats, pure, tensor_types)
+    if budget is None:
+        planned = api.plan(model, recipe, changes=changes, trust_remote_code=trust)
+    elif sensitivity is None or file is None:
+        raise RecipeError("--budget: needs --sensitivity FILE (of `llmquant sensitivity`) and --out RECIPE.yaml")
+    else:
+        filled = api.budget(model, recipe, budget, sensitivity, file, changes=changes, trust_remote_code=trust)
+        planned = filled.plan
+        out.print(
+            f"{escape(str(file))}: within {filled.budget:,} bytes; measured divergences add up to {filled.kld:.5f}"
+        )
     _show_plan(planned)
     _write(facts, _plan_facts(planned))
 
@@ -106,6 +128,10 @@ def quantize(
     text: Text = None,
     protocol: ProtocolName = "llama.cpp",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    noise: Annotated[
+        bool,
+        typer.Option("--noise", help="Measure how the error grows from layer to layer: both models once more."),
+    ] = False,
     split: Annotated[
         str | None, typer.Option("--split-max-size", help="Write numbered files of at most this size, e.g. 5GB.")
     ] = None,
@@ -130,6 +156,7 @@ def quantize(
             text=text,
             protocol=protocol,
             evaluate=not no_eval,
+            noise=noise,
             restart=restart,
             trust_remote_code=trust,
             progress=tell,
@@ -144,6 +171,8 @@ def quantize(
         _show([Row(**row) for row in report.evaluation])
     elif not no_eval:
         out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
+    for name, errors in report.residual_errors.items():
+        out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
     for name, target in report.outputs.items():
         out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
     _write(facts, report.as_dict())
@@ -268,6 +297,68 @@ def imatrix(
         )
     out.print(f"imatrix: {escape(str(file))}")
     _write(facts, {"imatrix": str(file)})
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    recipe: RecipeName,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the results; the same command goes on there.")],
+    text: Annotated[str, typer.Option(help="A text file to measure on, other than the calibration text.")],
+    by: Annotated[
+        str, typer.Option(help="Quantize each linear, site (linears with one input) or layer alone.")
+    ] = "linear",
+    grids: Annotated[
+        str,
+        typer.Option(
+            help="Grids to try, with commas between: recipe, names of grids (q4_k), bits for the recipe's grid (3, "
+            "w3g64); or budget: those that `plan --budget` usually chooses from."
+        ),
+    ] = "recipe",
+    changes: Changes = [],
+    protocol: ProtocolName = "llama.cpp",
+    max_tokens: MaxTokens = 8192,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what was measured here before.")] = False,
+    device: Device = "auto",
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Quantize each linear (or site, or layer) alone, and measure what it does to the model's predictions.
+
+    Writes sensitivity.json (for `llmquant plan --budget`) and sensitivity.png.
+
+    Example: llmquant sensitivity org/model gguf-q4_k_s --grids budget --text dev.txt --out sensitivity
+    """
+    from llmquant import api
+    from llmquant import sensitivity as sensitivities
+
+    with _progress() as tell:
+        found = api.sensitivity(
+            model,
+            recipe,
+            folder,
+            text=text,
+            by=cast(sensitivities.By, by),
+            grids=grids,
+            changes=changes,
+            protocol=protocol,
+            max_tokens=max_tokens,
+            device=device,
+            restart=restart,
+            trust_remote_code=trust,
+            announce=lambda cost: out.print(str(cost), soft_wrap=True),
+            progress=tell,
+        )
+    table = Table("unit", "weights", *(f"KLD {grid}" for grid in found.grids))
+    for name, results in found.table().items():
+        weights = next(unit.weights for unit in found.units if unit.name == name)
+        klds = (f"{results[g].kld:.6f} ± {results[g].kld_error:.6f}" if g in results else "" for g in found.grids)
+        table.add_row(escape(name), f"{weights:,}", *klds)
+    out.print(table)
+    out.print(f"KLD from the float model, nats a token, each quantized alone. {escape(found.protocol)}", soft_wrap=True)
+    _write(facts, dataclasses.asdict(found))
+    sensitivities.draw(found, folder / "sensitivity.png")
+    out.print(f"{escape(str(folder))}: sensitivity.json and sensitivity.png")
 
 
 @app.command()
@@ -399,10 +490,10 @@ def _show_plan(planned: Plan) -> None:
     for note in planned.notes:
         out.print(f"note: {escape(note)}")
     out.print(f"{planned.bits_per_weight:.4f} bits per quantized weight; {planned.weights:,} weights in all")
-    for name, count in planned.sizes.items():
+    for name, count in planned.files.items():
         out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
     out.print(
-        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.sizes.values()))}"
+        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.files.values()))}"
     )
 
 
@@ -417,7 +508,7 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "kept": {name: list(info.shape) for name, info in planned.kept.items()},
         "notes": planned.notes,
         "bits_per_weight": planned.bits_per_weight,
-        "bytes": dict(planned.sizes),
+        "bytes": dict(planned.files),
         "peak_bytes": planned.peak_bytes,
         "work_bytes": planned.work_bytes,
     }

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -155,6 +156,35 @@ def evaluate(
         seconds=round(time.monotonic() - started, 2),
         peak_rss_bytes=memory.peak_bytes(),
     )
+
+
+@torch.no_grad()
+def residual_errors(
+    path: str | Path,
+    windows: Windows,
+    reference: Reference,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> list[float]:
+    """Return ||x - float x|| / ||float x|| of the residual stream x after each layer, over all tokens of the windows.
+
+    Computes both models once more, side by side, and keeps the activations of both.
+    """
+    streams = (Stream(open_model(path), device_of(device), trust_remote_code), reference.stream)
+    both = [stream.start(windows.tokens) for stream in streams]
+    found = []
+    for index in range(streams[0].layers):
+        progress("residual stream", index, streams[0].layers)
+        for stream, activations in zip(streams, both, strict=True):
+            with stream.layer(index) as layer:
+                stream.run(layer, index, activations)
+        noise = signal = 0.0
+        for x, expected in zip(*(activations.batches for activations in both), strict=True):
+            noise += float((x.double() - expected.double()).square().sum())
+            signal += float(expected.double().square().sum())
+        found.append((noise / signal) ** 0.5)
+    return found
 
 
 def _predict(stream: Stream, windows: Windows, hidden: Sequence[Tensor], i: int) -> Float[Tensor, "scored vocab"]:

@@ -18,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from llmquant import plugins, recipe
-from llmquant.checkpoint import INDEX, SHARD_BYTES, Checkpoint, check_output, write_json, write_shards
+from llmquant.checkpoint import INDEX, SHARD_BYTES, Checkpoint, check_output, shards_bytes, write_json, write_shards
 from llmquant.errors import FormatError, OutputError
 from llmquant.grid import QuantizedTensor
-from llmquant.plan import Linear, Plan
+from llmquant.plan import Linear, Plan, placeholder
 
 COPIED = {".json", ".model", ".txt", ".jinja"}
 """Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
@@ -60,6 +61,37 @@ def check_tokenizer(formats: Iterable[str], tokenizer: Any, config: Any) -> None
         exporter = plugins.load("exporters", name, "format")
         if hasattr(exporter, "check_tokenizer"):
             exporter.check_tokenizer(tokenizer, config)
+
+
+def file_bytes(plan: Plan, checkpoint: Checkpoint, format_: str, config: Any) -> int:
+    """Return the size of the weights' files that ``write`` will make, to the byte; reads no weights.
+
+    config: the model's transformers configuration.
+    """
+    exporter = plugins.load("exporters", format_, "format")
+    if hasattr(exporter, "file_bytes"):
+        size: int = exporter.file_bytes(plan, checkpoint, config)
+        return size
+    shapes = _Shapes(checkpoint)
+    return shards_bytes(_tensors(plan, shapes, shapes, exporter, lambda done, total: None), _shard_bytes(plan))
+
+
+class _Shapes(Checkpoint):
+    """A checkpoint, and what quantizing it would give, without any numbers (meta tensors)."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.infos = checkpoint.infos
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype, device="meta")
+
+    def load(self, linear: Linear) -> QuantizedTensor:
+        return placeholder(linear)
+
+    def pieces(
+        self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
+    ) -> Iterator[Iterator[Tensor]]:
+        return (iter([pack(self.load(linear))]) for linear in linears)
 
 
 def write(
@@ -115,9 +147,7 @@ def _write_folder(
     tell: Callable[[int, int], None],
 ) -> int:
     """Write a model folder like the float one, and return the size of its weights."""
-    asked = plan.recipe.shard_bytes
-    limit = SHARD_BYTES if asked is None else asked or sys.maxsize
-    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell), limit)
+    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell), _shard_bytes(plan))
     config = dict(checkpoint.config)
     grids = {name: linear.grid for name, linear in plan.quantized.items()}
     settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))
@@ -131,6 +161,11 @@ def _write_folder(
         if path.suffix in COPIED and path.name not in (INDEX, "config.json") and path.is_file():
             shutil.copyfile(path, folder / path.name)
     return written
+
+
+def _shard_bytes(plan: Plan) -> int:
+    asked = plan.recipe.shard_bytes
+    return SHARD_BYTES if asked is None else asked or sys.maxsize
 
 
 def _tensors(

@@ -81,6 +81,7 @@ class Plan:
     needs: Needs = "nothing"
     sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
     unfoldable: tuple[str, ...] = ()  # sites that transforms leave as they are
+    files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
     peak_bytes: int = 0
     waiting_bytes: int = 0  # activations that wait at a site, at most, when a layer is computed once for all sites
 
@@ -116,8 +117,8 @@ class Plan:
         return int(bits / 8)
 
     def file_bits_per_weight(self, format_: str) -> float:
-        """All tensors of the written folder, in bits, over all weights of the model."""
-        return 8 * self.sizes[format_] / self.weights
+        """The written weights' files, headers included, in bits, over all weights of the model."""
+        return 8 * self.files[format_] / self.weights
 
     def of_layer(self, layer: int | None, site: Site | None = None) -> list[Linear]:
         """Return the linears of a layer, or of one of its sites."""
@@ -332,9 +333,14 @@ def _size(plan: Plan, exporter: ModuleType) -> int:
             continue
         key = (linear.grid, linear.activations, linear.rows, linear.cols)
         if key not in packed:
-            packed[key] = sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
+            packed[key] = packed_bytes(linear, exporter)
         total += packed[key]
     return total
+
+
+def packed_bytes(linear: Linear, exporter: ModuleType) -> int:
+    """Return the size of a quantized linear's tensors in a container."""
+    return sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
 
 
 def _peak_bytes(plan: Plan, hidden: int, tokens: int) -> int:

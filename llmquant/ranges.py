@@ -21,6 +21,9 @@ STEPS = 48  # shrunken ranges that `mse` tries
 SMALLEST = 0.35  # the narrowest of them, as a share of [min, max]
 E4M3_TOP = torch.finfo(torch.float8_e4m3fn).max
 
+POWER = 0.7  # of the errors that `hqq` adds up
+BETA, GROWTH, ROUNDS = 10.0, 1.01, 20  # weight of its splitting, what each round multiplies it by, rounds
+
 Range = tuple[Tensor, Tensor]
 
 
@@ -147,3 +150,77 @@ def _mirrored(low: Tensor, high: Tensor, symmetric: bool) -> Range:
         return low, high
     high = torch.maximum(-low, high)
     return -high, high
+
+
+def hqq(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
+    """Return the range whose ``levels`` even steps leave the least sum(|error| ** 0.7), by half-quadratic splitting.
+
+    A power below one counts few large errors for less than squares do, so that outliers do not stretch the steps.
+    With e as a second variable, min |e|^p + beta/2 (x - dequantized - e)² is solved in turns: e by the generalised
+    soft-thresholding operator, then zero point and step for the values x - e, as beta grows.
+    Source: Badri and Shaji, "Half-quadratic quantization of large machine learning models" (2023).
+
+    Departures: errors are measured in steps, so that the result does not depend on the unit of x; it starts from the
+    range of least squares instead of [min, max], as it only finds a minimum near its start; a whole zero point is
+    what files store, so the float one leads to the two next to it, and the step, which the original holds, is solved
+    for at each of them; the best of all by the sum itself is taken, [min, max] and the start included.
+    """
+    spans = [minmax(x, symmetric), mse(x, symmetric, torch.ones_like(x), levels)]
+    if not symmetric:
+        spans = [(with_a_level_below_zero(low, high, levels), high) for low, high in spans]
+    intervals = levels / 2 if symmetric else levels - 1
+    tiny = torch.finfo(x.dtype).tiny
+    tries = []
+    for low, high in spans:
+        step = ((high if symmetric else high - low) / intervals).clamp(min=tiny)
+        tries.append((step, torch.full_like(low, levels // 2) if symmetric else _whole_zero(-low / step, levels)))
+    step, zero = tries[-1]
+    zeros = [zero]
+    if not symmetric:
+        wished = _hqq_zero(x, step, -spans[-1][0] / step, levels)
+        zeros += [_whole_zero(wished.floor(), levels), _whole_zero(wished.ceil(), levels)]
+    tries += [(_hqq_step(x, step, zero, levels), zero) for zero in zeros]
+    step, zero = tries[0]
+    least = _power_error(x, step, zero, levels)
+    for other, at in tries[1:]:
+        error = _power_error(x, other, at, levels)
+        better = error < least
+        least, step, zero = (torch.where(better, a, b) for a, b in ((error, least), (other, step), (at, zero)))
+    if symmetric:
+        return -step * intervals, step * intervals
+    return -step * zero, step * (intervals - zero)
+
+
+def _whole_zero(zero: Tensor, levels: int) -> Tensor:
+    return zero.round().clamp(1, levels - 1)
+
+
+def _hqq_zero(x: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """Return the float zero point at a given step."""
+    for beta in (BETA * GROWTH**i for i in range(ROUNDS)):
+        codes = (x / step + zero).round().clamp(0, levels - 1)
+        e = _shrink(x / step - (codes - zero), beta)
+        zero = (codes - x / step + e).mean(1, keepdim=True)
+    return zero
+
+
+def _hqq_step(x: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """Return the step at a given zero point."""
+    for beta in (BETA * GROWTH**i for i in range(ROUNDS)):
+        codes = ((x / step + zero).round().clamp(0, levels - 1)).sub_(zero)
+        target = x - step * _shrink(x / step - codes, beta)
+        power = codes.square().sum(1, keepdim=True)
+        solved = (target * codes).sum(1, keepdim=True) / power.clamp(min=1)
+        step = torch.where((power > 0) & (solved > 0), solved, step)
+    return step
+
+
+def _shrink(error: Tensor, beta: float) -> Tensor:
+    """Return the generalised soft-thresholding of errors: sign(e) max(|e| - |e|^(p - 1) / beta, 0)."""
+    size = error.abs().clamp(min=1e-12)
+    return error.sign() * (size - size.pow(POWER - 1) / beta).clamp(min=0)
+
+
+def _power_error(x: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    rounded = ((x / step).round() + zero).clamp(0, levels - 1).sub_(zero).mul_(step)
+    return rounded.sub_(x).abs_().pow_(POWER).sum(1, keepdim=True)

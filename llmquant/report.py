@@ -98,6 +98,7 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
     ]
     if rows:
         lines += [markdown(COLUMNS, map(cells, rows)), "", f"Protocol: {rows[0].protocol}.", ""]
+    lines += [*noise_table(report, format_), ""]
     if report.calibration:
         c = report.calibration
         lines += [
@@ -109,6 +110,41 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
         lines += ["Departures from the recipe's grid:", "", *(f"- {note}" for note in report.notes), ""]
     recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
     return "\n".join([*lines, "The recipe as run:", "", "```yaml", recipe, "```", ""])
+
+
+def noise_table(report: Report, format_: str) -> list[str]:
+    """Return the lines of a Markdown table: how loud the rounding is, layer by layer."""
+    layers: dict[int | None, list[dict[str, Any]]] = {}
+    for record in report.linears.values():
+        layers.setdefault(record["layer"], []).append(record)
+    grown = report.residual_errors.get(format_, [])
+    columns = ["layer", "linears", "weights, dB", "outputs, dB", "outputs at worst, dB", "error / uniform"]
+    rows = []
+    for layer in sorted(layers, key=lambda i: (i is None, i)):
+        weights, outputs, ratios = (
+            [value for value in values if value is not None]
+            for values in (
+                [r["sqnr_weight_db"] for r in layers[layer]],
+                [r["sqnr_output_db"] for r in layers[layer]],
+                [r["mse"] / r["mse_uniform"] if r["mse_uniform"] else None for r in layers[layer]],
+            )
+        )
+        row = ["outside" if layer is None else str(layer), str(len(layers[layer]))]
+        row += [_mean(weights, ".1f"), _mean(outputs, ".1f"), _mean(outputs and [min(outputs)], ".1f")]
+        row += [_mean(ratios, ".2f")]
+        if grown:
+            row.append("" if layer is None else f"{grown[layer]:.2%}")
+        rows.append(row)
+    told = (
+        "Signal-to-quantization-noise ratio of the weights and of what they compute from the calibration text, mean "
+        "over a layer's linears; mean square error over that of uniform noise (scale²/12)"
+    )
+    after = "; error of the residual stream after the layer, as a share of its size" if grown else ""
+    return [markdown([*columns, *(["residual error"] if grown else [])], rows), "", f"{told}{after}."]
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return format(sum(values) / len(values), form) if values else ""
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import llmquant
 from llmquant import activations as activation_ranges
-from llmquant import calibrate, data, export, memory, plugins, recipe, threads, work
+from llmquant import calibrate, data, export, memory, noise, plugins, recipe, threads, work
 from llmquant import plan as planning
 from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
@@ -46,7 +46,9 @@ class Report:
     """What a run did.
 
     linears: module name -> output error (relative, on the calibration tokens; weight error
-        where there are none), damping, bits per weight, seconds.
+        where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
+    residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
+        of its size; where asked for.
     outputs: format -> folder. bytes: format -> size of its weights' files.
     """
 
@@ -63,6 +65,7 @@ class Report:
     peak_rss_bytes: int = 0
     resumed_layers: int = 0
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    residual_errors: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,12 +98,13 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
-    """Return what a run would do; reads no weights."""
-    checkpoint = load_float(model)
-    return _plan(recipe_, Stream(checkpoint, torch.device("cpu"), trust_remote_code, weights=False))
+    """Return what a run would do, with the sizes of its files; reads no weights."""
+    stream = Stream(load_float(model), torch.device("cpu"), trust_remote_code, weights=False)
+    return with_files(plan_for(stream, recipe_), stream)
 
 
-def _plan(recipe_: recipe.Recipe, stream: Stream) -> Plan:
+def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
+    """Return what a run would do to the model of a stream."""
     return planning.make(
         recipe_,
         stream.spec,
@@ -111,6 +115,14 @@ def _plan(recipe_: recipe.Recipe, stream: Stream) -> Plan:
         stream.context,
         stream.other_linears,
         stream.foldable,
+    )
+
+
+def with_files(plan: Plan, stream: Stream) -> Plan:
+    """Return a plan that knows how large its files will be."""
+    formats = plan.recipe.formats
+    return replace(
+        plan, files={name: export.file_bytes(plan, stream.checkpoint, name, stream.config) for name in formats}
     )
 
 
@@ -136,7 +148,7 @@ def quantize(
     check_output(out)
     checkpoint = load_float(model)
     stream = Stream(checkpoint, device_of(device), trust_remote_code, weights=False)
-    plan = _plan(recipe_, stream)
+    plan = plan_for(stream, recipe_)
     text = None
     if plan.needs != "nothing":
         assert recipe_.calibration is not None
@@ -146,12 +158,12 @@ def quantize(
         if recipe_.transforms:
             stream.dtype = torch.float32  # a scaled weight in 16 bits would be rounded twice
         stream.load()
-    direct = Direct(plan, checkpoint, stream.device, _importance(plan, stream))
+    direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
     if text is not None or work_folder is not None or len(recipe_.formats) > 1:
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
-        source = work.Work(folder, _fingerprint(checkpoint, plan, text), restart)
+        source = work.Work(folder, fingerprint(checkpoint, plan, text), restart)
         resumed = sum(source.has(i) for i in range(plan.layers))
         if text is None:
             direct.save(source, progress)
@@ -174,7 +186,7 @@ def quantize(
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
-    report.linears = source.all_records()
+    report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
     if work_folder is None:
         source.remove()
     else:
@@ -223,7 +235,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
     checkpoint = load_float(note["model"]["folder"])
     stream = Stream(checkpoint, torch.device("cpu"), weights=False)
-    plan = _plan(recipe_, stream)
+    plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
     missing = [i for i in range(plan.layers) if not log.has(i)]
     if missing:
@@ -234,7 +246,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     return plan, work.Transformed(checkpoint, log, plan.layers), stream.config, log
 
 
-def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
     """Return what decides the codes: model, recipe (without its formats), imatrix, tokens and versions."""
     imatrix = plan.recipe.imatrix
     recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
@@ -252,7 +264,7 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationToken
     }
 
 
-def _importance(plan: Plan, stream: Stream) -> Mapping[str, Tensor]:
+def importance(plan: Plan, stream: Stream) -> Mapping[str, Tensor]:
     """Return what the recipe's imatrix says of each weight's columns, by the weight's name."""
     if plan.recipe.imatrix is None:
         return {}
@@ -288,7 +300,7 @@ class Direct:
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records = _quantize_together([linear], [weight], self._stats(linear))
+        done, records = quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -299,7 +311,7 @@ class Direct:
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
             weight = self._weight(part, start, start + part.rows)
-            done, told = _quantize_together([part], [weight], self._stats(part))
+            done, told = quantize_together([part], [weight], self._stats(part))
             return part.name, pack(done[part.name]), part.rows, told[part.name]
 
         def taken(name: str, results: Iterable[tuple[str, Tensor, int, dict[str, Any]]]) -> Iterator[Tensor]:
@@ -308,8 +320,9 @@ class Direct:
                 records.append((rows, record))
                 yield packed
             total = sum(rows for rows, _ in records)
-            mean = {key: sum(n * r[key] for n, r in records) / total for key in ("error", "seconds")}
-            self._records[name] = records[0][1] | {key: round(value, 8) for key, value in mean.items()}
+            keys = [key for key in ("error", "seconds", *noise.AVERAGED) if records[0][1][key] is not None]
+            mean = {key: sum(n * r[key] for n, r in records) / total for key in keys}
+            self._records[name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
 
         parts = (part for linear in linears for part in _parts(linear))
         done = threads.side_by_side(lambda part: quantize(*part), parts)
@@ -381,8 +394,8 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
             if linear.lookup:
                 weight, stats = stream.embedding_weight(), Stats.none(linear.cols, stream.device)
             else:
-                weight, stats = stream.head_weight(), _head_stats(stream, tokens, activations, plan)
-            quantized, told = _quantize_together([linear], [weight], stats)
+                weight, stats = stream.head_weight(), head_stats(stream, tokens, activations, plan)
+            quantized, told = quantize_together([linear], [weight], stats)
             done |= quantized
             records |= told
         log.save(None, done, records)
@@ -490,7 +503,7 @@ def _quantize_layer(
         linears = [x for x in plan.of_layer(index, site) if x.grid]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
         uncut = [x.name for x in linears if _local(plan, x) in scores]
-        quantized, told = _quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
+        quantized, told = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
         for linear in linears:
             _put(layer, plan, linear, quantized[linear.name], rounding)
         done.update(quantized)
@@ -510,7 +523,7 @@ def _quantize_layer(
             if go_on:
                 activations.batches = [next(steps)[1] for steps in running]
             return done, records
-        for together in [[s] for s in sites] if plan.recipe.true_sequential else [sites]:
+        for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
             wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s)) for s in together}
             for x in activations.batches:
                 steps = begin(x, activations.call(x, index))
@@ -530,7 +543,7 @@ def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear]) -> Accum
     return Accumulator(linears[0].cols, plan.needs, stream.device, sample=any(x.static for x in linears))
 
 
-def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
+def head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
     """Return the statistics of what the output matrix reads."""
     sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup])
     at = 0
@@ -540,7 +553,7 @@ def _head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: 
     return sums.result()
 
 
-def _quantize_together(
+def quantize_together(
     linears: Sequence[Linear],
     weights: Sequence[Tensor],
     stats: Stats,
@@ -597,10 +610,9 @@ def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tup
 def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
     """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite."""
     w = w.float()
-    if stats.hessian is None:
-        *_, lost, power = error_sums(q, w, stats.square_mean).tolist()
-        error = lost / max(power, 1e-30)
-    else:
+    wrong, loud, lost, heard = error_sums(q, w, stats.square_mean).tolist()
+    error = lost / max(heard, 1e-30)
+    if stats.hessian is not None:
         error = output_error(dequantize(q).sub_(w), w, stats.hessian)
     if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
         raise CalibrationError(
@@ -614,6 +626,8 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
         "tokens": stats.tokens,
         **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
+        "layer": linear.layer,
+        **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),
         **q.record,
     }
 

@@ -217,7 +217,7 @@ def test_everything_is_listed_with_a_line_about_it(kind, command, tmp_path):
 
 
 def test_every_command_has_help_with_an_example():
-    for name in ("demo", "plan", "quantize", "export", "eval", "compare", "imatrix", "inspect", "list"):
+    for name in ("demo", "plan", "quantize", "export", "eval", "compare", "imatrix", "sensitivity", "inspect", "list"):
         result = CliRunner().invoke(cli.app, [name, "--help"])
         assert result.exit_code == 0
         assert f"Example: llmquant {name}" in result.output

@@ -164,7 +164,7 @@ def test_evaluation_runs_the_linears_as_a_runtime_does(name, written, llama, tex
 def test_the_run_itself_sees_what_the_runtime_computes(llama, text, tmp_path, monkeypatch):
     """The quantized layers' last output, as calibration leaves it, against the written folder's."""
     kept = []
-    monkeypatch.setattr(run, "_head_stats", lambda stream, tokens, x, plan: kept.append((tokens, x)) or 1 / 0)
+    monkeypatch.setattr(run, "head_stats", lambda stream, tokens, x, plan: kept.append((tokens, x)) or 1 / 0)
     chosen = recipe.load("w8a8-static", [*text, "tied_embeddings=untie", "ignore=[]"])
     with pytest.raises(ZeroDivisionError):
         run.quantize(llama, chosen, tmp_path / "out", tmp_path / "work")

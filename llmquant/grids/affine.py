@@ -31,7 +31,8 @@ class Config:
     strategy: "group", "channel" (one scale a row) or "tensor" (one for all).
     symmetric: the zero point is the middle code and is not chosen.
     observer: how the range of a group is chosen: "minmax", "percentile", "mse"
-        (weighted by the calibration's activations when there are some) or "kl".
+        (weighted by the calibration's activations when there are some), "kl", or "hqq"
+        (half-quadratic quantization: a norm of the errors that outliers hardly count in; no activations).
     percentile: share of the weights inside the range, in %, for that observer.
     scale_dtype: what a scale is stored in. "auto": bfloat16 for a bfloat16
         model, else float16; so that a runtime in the model's dtype reads the
@@ -42,7 +43,7 @@ class Config:
     group_size: int = 128
     strategy: Literal["group", "channel", "tensor"] = "group"
     symmetric: bool = True
-    observer: Literal["minmax", "percentile", "mse", "kl"] = "minmax"
+    observer: Literal["minmax", "percentile", "mse", "kl", "hqq"] = "minmax"
     percentile: float = 99.9
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
 
@@ -141,6 +142,8 @@ class Affine:
                 return ranges.mse(w, self.symmetric, importance, levels)
             case "kl":
                 return ranges.kl(w, self.symmetric, levels)
+            case "hqq":
+                return ranges.hqq(w, self.symmetric, levels)
 
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         """Round scales to their dtype and offsets to a whole zero point of at least 1.

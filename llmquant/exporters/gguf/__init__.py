@@ -143,13 +143,7 @@ def write(
     config: the model's transformers configuration.
     """
     linears = {x.weight_name: x for x in plan.linears}
-    shapes = {name: info.shape for name, info in plan.kept.items()}
-    shapes |= {name: (x.rows, x.cols) for name, x in linears.items()}
-    layout = families.layout(config, shapes)
-    tensors = [
-        writer.Stored(entry.name, shapes[entry.source], _type(plan, entry.source, linears)) for entry in layout.entries
-    ]
-    tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
+    layout, tensors, metadata = _contents(plan, checkpoint, config)
 
     def data() -> Iterator[Iterable[Tensor]]:
         quantized = [x for x in (linears.get(entry.source) for entry in layout.entries) if x and x.grid]
@@ -166,14 +160,35 @@ def write(
             yield [value.contiguous().view(torch.uint8)]
         tell(len(tensors), len(tensors))
 
+    name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
+    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
+    return sum(path.stat().st_size for path in files)
+
+
+def file_bytes(plan: Plan, checkpoint: Checkpoint, config: Any) -> int:
+    """Return the size of the file or its shards, to the byte. config: the model's transformers configuration."""
+    _, tensors, metadata = _contents(plan, checkpoint, config)
+    return writer.file_bytes(metadata, tensors, plan.recipe.shard_bytes or 0)
+
+
+def _contents(
+    plan: Plan, checkpoint: Checkpoint, config: Any
+) -> tuple[families.Layout, list[writer.Stored], dict[str, Any]]:
+    """Return what the file holds: where its tensors come from, their descriptions, the metadata."""
+    linears = {x.weight_name: x for x in plan.linears}
+    shapes = {name: info.shape for name, info in plan.kept.items()}
+    shapes |= {name: (x.rows, x.cols) for name, x in linears.items()}
+    layout = families.layout(config, shapes)
+    tensors = [
+        writer.Stored(entry.name, shapes[entry.source], _type(plan, entry.source, linears)) for entry in layout.entries
+    ]
+    tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
     metadata = general.metadata(checkpoint.folder, checkpoint.config, layout.architecture, plan.weights)
     metadata |= _made(plan, layout) | layout.metadata
     text, tokenizer = config.get_text_config(), load_tokenizer(checkpoint.folder)
     metadata |= vocabulary.metadata(tokenizer, text.vocab_size, text)
     metadata[Keys.General.NAME] = vocabulary.model_name(metadata[Keys.General.NAME], tokenizer)
-    name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
-    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
-    return sum(path.stat().st_size for path in files)
+    return layout, tensors, metadata
 
 
 def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Iterator[Tensor]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+)
 from torch import Tensor
 
 from llmquant.errors import FormatError
@@ -42,13 +50,7 @@ def write(
         order of ``tensors``.
     split_bytes: the most bytes of tensors in one shard; 0 for one file.
     """
-    writer = GGUFWriter(path, metadata[Keys.General.ARCHITECTURE], split_max_size=split_bytes)
-    for key, value in metadata.items():
-        if key != Keys.General.ARCHITECTURE:  # the writer has put it in already
-            _add(writer, key, value)
-    for tensor in tensors:
-        type_ = GGMLQuantizationType[tensor.type.upper()]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.void), tensor.bytes, type_)
+    writer = _begun(path, metadata, tensors, split_bytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -58,6 +60,36 @@ def write(
     finally:
         writer.close()
     return sorted(path.parent.glob(f"{path.stem}*.gguf"))
+
+
+def file_bytes(metadata: Mapping[str, Any], tensors: Sequence[Stored], split_bytes: int = 0) -> int:
+    """Return the size of what ``write`` writes, all shards together."""
+    with tempfile.TemporaryDirectory() as folder:  # the package's writer knows only files
+        writer = _begun(Path(folder) / "header.gguf", metadata, tensors, split_bytes)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        headers = [path.stat().st_size for path in Path(folder).iterdir()]
+    return sum(_padded(size) for size in headers) + sum(_padded(tensor.bytes) for tensor in tensors)
+
+
+def _padded(size: int) -> int:
+    return int(GGUFWriter.ggml_pad(size, GGUF_DEFAULT_ALIGNMENT))
+
+
+def _begun(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Stored], split_bytes: int) -> GGUFWriter:
+    """Return the package's writer, told everything but the data."""
+    writer = GGUFWriter(path, metadata[Keys.General.ARCHITECTURE], split_max_size=split_bytes)
+    for key, value in metadata.items():
+        if key != Keys.General.ARCHITECTURE:  # the writer has put it in already
+            _add(writer, key, value)
+    for tensor in tensors:
+        type_ = GGMLQuantizationType[tensor.type.upper()]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.void), tensor.bytes, type_)
+    return writer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,497 @@
+"""How much each linear of a model matters: quantized alone, what becomes of the predictions.
+
+Every unit (a linear, the linears of a site, or those of a layer) is quantized by the
+recipe's own algorithm while all others stay float. Its effect is the mean KL divergence
+from the float model's predictions, end to end, on text that nothing was calibrated on.
+
+The float activations before a layer are kept while its units are measured, so that only
+the layers from there on are computed again: about half of them, on average. The same
+walk through the layers collects the calibration's statistics where the algorithm reads any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llmquant import calibrate, data, plugins, run
+from llmquant.checkpoint import read_json, write_json
+from llmquant.errors import OutputError, RecipeError
+from llmquant.grid import dequantize
+from llmquant.metrics import Result, Scores
+from llmquant.models.spec import Site
+from llmquant.plan import Linear, Plan
+from llmquant.protocols import Windows
+from llmquant.recipe import Recipe
+from llmquant.run import Progress, silent
+from llmquant.stats import Accumulator, Stats
+from llmquant.stream import Activations, Stream
+
+By = Literal["linear", "site", "layer"]
+OWN = "recipe"
+BLOCK_GRIDS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+BITS = ("2", "3", "4", "8")
+FILE = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that are quantized together and get one grid.
+
+    layer: None for the output matrix and the token embedding.
+    """
+
+    name: str
+    layer: int | None
+    linears: tuple[str, ...]
+    weights: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What quantizing one unit alone does.
+
+    grid: a label of ``grids_of``. bits_per_weight: of the unit.
+    kld: mean KL divergence from the float model, nats a token; kld_error: its standard error.
+    top1: share of tokens whose likeliest next token stays the same.
+    """
+
+    unit: str
+    grid: str
+    bits_per_weight: float
+    kld: float
+    kld_error: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """All that was measured. fingerprint: what decides the figures: model, recipe, texts, versions."""
+
+    model: str
+    recipe: str
+    by: By
+    protocol: str
+    units: tuple[Unit, ...]
+    results: tuple[Measured, ...]
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def grids(self) -> list[str]:
+        return list(dict.fromkeys(result.grid for result in self.results))
+
+    def table(self) -> dict[str, dict[str, Measured]]:
+        """Return the results by unit, then by grid."""
+        found: dict[str, dict[str, Measured]] = {unit.name: {} for unit in self.units}
+        for result in self.results:
+            found[result.unit][result.grid] = result
+        return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is still to be measured, and about how long that takes (from one measured pass; quantizing not included).
+
+    layer_passes: a layer, over all tokens. bytes: of the activations and reference predictions kept in memory.
+    """
+
+    measurements: int
+    layer_passes: int
+    tokens: int
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measurements} measurements, {self.layer_passes} passes of a layer over {self.tokens} tokens: about "
+            f"{self.seconds:.0f} s, and the time to quantize; {self.bytes / 1e6:.0f} MB of activations and predictions"
+        )
+
+
+def grid_rule(label: str, recipe: Recipe) -> dict[str, Any]:
+    """Return the ``grid`` of a recipe's rule that a label stands for.
+
+    A label is "recipe" (the recipe's own choice, no rule), the name of a grid, or bits and a group size for the
+    recipe's own grid, such as "3" or "w3g64".
+    """
+    short = re.fullmatch(r"w?(\d)(?:g(\d+))?", label)
+    if label == OWN:
+        return {}
+    if short is None:
+        return {"name": label}
+    if recipe.grid is None:
+        raise RecipeError(f"grids: {label!r} changes the bits of the recipe's grid, but the recipe has a mixture")
+    size = {} if short[2] is None else {"group_size": int(short[2])}
+    return {"bits": int(short[1])} | size
+
+
+def grids_of(text: str, recipe: Recipe) -> list[str]:
+    """Return the labels in a comma-separated list; "budget" stands for a set that budgets can be filled with."""
+    if text != "budget":
+        return list(dict.fromkeys(label.strip() for label in text.split(",")))
+    if recipe.mixture is not None or recipe.formats == ["gguf"]:
+        return list(BLOCK_GRIDS)
+    if recipe.grid is not None and recipe.grid["name"] == "affine":
+        return list(BITS)
+    raise RecipeError("grids: there is no usual set for this recipe. Name them, e.g. --grids q8_0,q4_0")
+
+
+def with_rules(recipe: Recipe, rules: Sequence[Mapping[str, Any]], name: str = "") -> Recipe:
+    """Return a recipe whose first rules are these.
+
+    A mixture's own types give way to smaller blocks where theirs do not divide a matrix; so do the rules' then.
+    """
+    values = recipe.model_dump(exclude_defaults=True)
+    values["rules"] = [*rules, *values.get("rules", [])]
+    if recipe.mixture is not None and rules:
+        values["fallback"] = "substitute"
+    if name:
+        values["name"] = name
+    made: Recipe = plugins.validate(Recipe, values, "")
+    return made
+
+
+def uniform(recipe: Recipe, units: Sequence[Unit], label: str) -> Recipe:
+    """Return the recipe with one grid for all units."""
+    grid = grid_rule(label, recipe)
+    return with_rules(recipe, [{"match": [n for u in units for n in u.linears], "grid": grid}] if grid else [])
+
+
+def units_of(plan: Plan, by: By) -> list[Unit]:
+    """Return what the plan quantizes in units, in computing order, then what is outside the layers."""
+    found: list[Unit] = []
+    for index in range(plan.layers):
+        layer = f"{plan.spec.layers}.{index}"
+        groups: dict[str, list[Linear]] = {}
+        for site in plan.spec.sites:
+            for linear in plan.of_layer(index, site):
+                if linear.grid is not None:
+                    key = {"linear": linear.name, "site": f"{layer}.{site.name}", "layer": layer}[by]
+                    groups.setdefault(key, []).append(linear)
+        found += [_unit(name, index, linears) for name, linears in groups.items()]
+    return found + [_unit(x.name, None, [x]) for x in plan.of_layer(None) if x.grid]
+
+
+def _unit(name: str, layer: int | None, linears: Sequence[Linear]) -> Unit:
+    return Unit(name, layer, tuple(x.name for x in linears), sum(x.weights for x in linears))
+
+
+@torch.no_grad()
+def measure(
+    model: str | Path,
+    recipe: Recipe,
+    windows: Windows,
+    out: Path,
+    by: By = "linear",
+    grids: str = OWN,
+    device: str = "auto",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    announce: Callable[[Cost], None] = lambda cost: None,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Measure every unit on every grid; write ``out/sensitivity.json`` after each measurement and return it.
+
+    windows: text that the recipe does not calibrate on. grids: as for ``grids_of``.
+    announce: told the cost before the measurements begin, after one pass of the float model.
+
+    The same call goes on where one before stopped; other grids are added to what is there.
+    """
+    if by not in get_args(By):
+        raise RecipeError(f"--by {by}: there are {', '.join(get_args(By))}")
+    checkpoint = run.load_float(model)
+    stream = Stream(checkpoint, run.device_of(device), trust_remote_code, weights=False)
+    labels = grids_of(grids, recipe)
+    if recipe.transforms or recipe.activations:
+        what = "transforms" if recipe.transforms else "activations"
+        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+    own = run.plan_for(stream, recipe)
+    units = units_of(own, by)
+    plans = {label: run.plan_for(stream, uniform(recipe, units, label)) for label in labels}
+    for label, plan in plans.items():
+        left = next((x for u in units for x in plan.linears if x.name in u.linears and x.grid is None), None)
+        if left is not None:
+            raise RecipeError(f"grids: {label}: {left.name} would stay float: {left.note}. Leave this grid out")
+    most = max((p.needs for p in plans.values()), key=("nothing", "diagonal", "hessian").index)
+    text = None
+    if most != "nothing":
+        assert recipe.calibration is not None
+        tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
+        text = data.calibration_tokens(recipe.calibration, tokenizer, stream.context)
+    stream.load()
+    if own.untie:
+        head = stream.model.get_submodule(stream.spec.head)
+        head.weight = nn.Parameter(stream.embedding_weight().clone(), requires_grad=False)
+    log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text), restart)
+    todo = [(unit, label) for unit in units for label in labels if (unit.name, label) not in log.found]
+    if not todo:
+        return log.all()
+
+    walk = _Walk(stream, windows, progress)
+    passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit, _ in todo)
+    announce(walk.cost(len(todo), passes))
+    known = run.importance(own, stream)
+    done = 0
+
+    def record(unit: Unit, label: str, result: Result) -> None:
+        nonlocal done
+        assert result.kld_mean is not None
+        assert result.kld_error is not None
+        assert result.top1 is not None
+        linears = [plans[label].quantized[name] for name in unit.linears]
+        bits = sum(x.weights * x.grid.bits_per_weight for x in linears if x.grid) / unit.weights
+        # no divergence is negative; a sum of float32 can be, by its rounding
+        kld = max(result.kld_mean, 0.0)
+        log.add(Measured(unit.name, label, round(bits, 4), kld, result.kld_error, result.top1))
+        done += 1
+        progress("measuring", done, len(todo))
+
+    held = stream.start(windows.tokens)
+    sample = None if text is None else stream.start(text.tokens)
+    needed = {label: plan for label, plan in plans.items() if any(label == wanted for _, wanted in todo)}
+    for index in range(stream.layers):
+        with stream.layer(index) as layer:
+            stats = {} if sample is None else _collect(stream, layer, index, sample, replace(own, needs=most))
+            for label, plan in needed.items():
+                here = [unit for unit, wanted in todo if unit.layer == index and wanted == label]
+                weights = _quantized(plan, layer, index, [n for u in here for n in u.linears], stats, known)
+                for unit in here:
+                    modules = {layer.get_submodule(_local(own, n)): weights[n] for n in unit.linears}
+                    with _replaced(modules):
+                        x = Activations(list(held.batches), held.calls)
+                        stream.run(layer, index, x)
+                    record(unit, label, walk.score(x, index + 1))
+            stream.run(layer, index, held)
+    for unit, label in [(unit, label) for unit, label in todo if unit.layer is None]:
+        linear = plans[label].quantized[unit.linears[0]]
+        stats_here = Stats.none(linear.cols, stream.device)
+        if sample is not None and text is not None and not linear.lookup:
+            stats_here = run.head_stats(stream, text.tokens, sample, replace(own, needs=most))
+        weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
+        done_, _ = run.quantize_together([linear], [weight], _importance(known, linear) or stats_here)
+        module = stream.model.get_submodule(linear.name)
+        with _replaced({module: dequantize(done_[linear.name])}):
+            again = linear.lookup
+            x = stream.start(windows.tokens) if again else held
+            result = walk.score(Activations(list(x.batches), x.calls), 0 if again else stream.layers)
+        record(unit, label, result)
+    return log.all()
+
+
+def read(path: Path) -> Sensitivity:
+    """Return what ``measure`` has written, or raise CheckpointError."""
+    values = read_json(path, "`llmquant sensitivity` writes one")
+    return Sensitivity(
+        **{key: values[key] for key in ("model", "recipe", "by", "protocol", "fingerprint")},
+        units=tuple(Unit(**(unit | {"linears": tuple(unit["linears"])})) for unit in values["units"]),
+        results=tuple(Measured(**result) for result in values["results"]),
+    )
+
+
+def draw(found: Sensitivity, path: Path) -> None:
+    """Write a bar chart: a bar for every unit and grid, by its divergence."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OutputError(
+            f"{path}: is not drawn, for want of matplotlib. Everything else is written. For the chart: "
+            "pip install 'llmquant[bench]', and the same command again"
+        ) from None
+    grids, table = found.grids, found.table()
+    height = 0.8 / max(len(grids), 1)
+    figure = Figure(figsize=(9, 1.5 + len(found.units) * max(0.22, 0.09 * len(grids))), layout="constrained")
+    axes = figure.add_subplot()
+    for i, grid in enumerate(grids):
+        places = [at for at, unit in enumerate(found.units) if grid in table[unit.name]]
+        results = [table[found.units[at].name][grid] for at in places]
+        axes.barh([at + i * height for at in places], [max(r.kld, 1e-12) for r in results], height, label=grid)
+    axes.set_yticks([at + (len(grids) - 1) * height / 2 for at in range(len(found.units))])
+    axes.set_yticklabels([unit.name for unit in found.units], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("mean KL divergence from the float model when quantized alone, nats a token")
+    axes.legend()
+    figure.savefig(path)
+
+
+class _Walk:
+    """The float model's predictions, and those that follow from changed activations."""
+
+    def __init__(self, stream: Stream, windows: Windows, progress: Progress) -> None:
+        self._stream, self._windows = stream, windows
+        x = stream.start(windows.tokens)
+        started = time.monotonic()
+        for index in range(stream.layers):
+            progress("float model", index, stream.layers)
+            with stream.layer(index) as layer:
+                stream.run(layer, index, x)
+        self._pass_seconds = (time.monotonic() - started) / stream.layers
+        started = time.monotonic()
+        self._reference = list(self._predictions(x))
+        self._head_seconds = time.monotonic() - started
+        self._activations = sum(batch.nbytes for batch in x.batches)
+
+    def _predictions(self, x: Activations) -> Iterator[Float[Tensor, "scored vocab"]]:
+        rows = (row[None] for batch in x.batches for row in batch)
+        for i, row in enumerate(rows):
+            counted = self._windows.scored[i].to(row.device)
+            yield self._stream.finish(self._windows.tokens[i : i + 1], row)[0, :-1][counted]
+
+    def score(self, x: Activations, index: int) -> Result:
+        """Return how far the predictions are from the float model's, x being what layer ``index`` reads."""
+        for later in range(index, self._stream.layers):
+            with self._stream.layer(later) as layer:
+                self._stream.run(layer, later, x)
+        scores = Scores()
+        for i, logits in enumerate(self._predictions(x)):
+            targets = self._windows.tokens[i, 1:][self._windows.scored[i]].to(logits.device)
+            scores.add(logits, targets, self._reference[i])
+        return scores.result()
+
+    def cost(self, measurements: int, passes: int) -> Cost:
+        return Cost(
+            measurements,
+            passes,
+            self._windows.tokens.numel(),
+            passes * self._pass_seconds + measurements * self._head_seconds,
+            2 * self._activations + sum(logits.nbytes for logits in self._reference),
+        )
+
+
+class _Log:
+    """The file of results. It appears whole after every measurement; one of other settings is refused."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str | Path,
+        recipe: Recipe,
+        by: By,
+        windows: Windows,
+        units: Sequence[Unit],
+        made_from: Mapping[str, Any],
+        restart: bool,
+    ) -> None:
+        self._path = folder / FILE
+        scored = hashlib.sha256(windows.tokens.numpy().astype("<i8").tobytes() + windows.scored.numpy().tobytes())
+        fingerprint = {**made_from, "scored": scored.hexdigest()}
+        self._all = Sensitivity(str(model), recipe.name, by, windows.label, tuple(units), (), fingerprint)
+        if self._path.exists() and not restart:
+            before = read(self._path)
+            self._refuse_others(before)
+            self._all = before
+        self.found = {(result.unit, result.grid) for result in self._all.results}
+
+    def _refuse_others(self, before: Sensitivity) -> None:
+        now = self._all
+        if before.by != now.by:
+            raise OutputError(f"{self._path}: was measured by {before.by}. Give another --out, or --restart")
+        different = [
+            key
+            for key in sorted(now.fingerprint)
+            if _plain(before.fingerprint.get(key)) != _plain(now.fingerprint[key])
+        ]
+        if different:
+            raise OutputError(
+                f"{self._path}: was measured for another {different[0]}. Give another --out, or --restart to begin anew"
+            )
+
+    def add(self, result: Measured) -> None:
+        self._all = replace(self._all, results=(*self._all.results, result))
+        beside = self._path.with_name(f"{FILE}.partial")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(beside, asdict(self._all))
+            beside.replace(self._path)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from None
+
+    def all(self) -> Sensitivity:
+        """Return everything, in the order of the units."""
+        order = {unit.name: i for i, unit in enumerate(self._all.units)}
+        return replace(self._all, results=tuple(sorted(self._all.results, key=lambda r: order[r.unit])))
+
+
+def _plain(value: Any) -> str:
+    """Return a text that is the same before and after a value has been in a JSON file."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _starts_anew(plan: Plan, unit: Unit) -> bool:
+    """Whether a unit changes what the first layer reads: the token embedding."""
+    return plan.quantized[unit.linears[0]].lookup
+
+
+def _place(unit: Unit, stream: Stream) -> int:
+    return stream.layers if unit.layer is None else unit.layer
+
+
+def _local(plan: Plan, linear: str) -> str:
+    return linear.removeprefix(f"{plan.spec.layers}.").partition(".")[2]
+
+
+def _collect(stream: Stream, layer: nn.Module, index: int, sample: Activations, plan: Plan) -> dict[str, Stats]:
+    """Return the statistics of every site, and leave the float layer's outputs in ``sample``."""
+    sums: dict[str, Accumulator] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        if site.name not in sums:
+            sums[site.name] = Accumulator(x.shape[1], plan.needs, x.device)
+        sums[site.name].add(x)
+
+    with calibrate.watch(layer, plan.spec.sites, see):
+        stream.run(layer, index, sample)
+    return {name: accumulator.result() for name, accumulator in sums.items()}
+
+
+def _quantized(
+    plan: Plan,
+    layer: nn.Module,
+    index: int,
+    names: Sequence[str],
+    stats: Mapping[str, Stats],
+    importance: Mapping[str, Tensor],
+) -> dict[str, Float[Tensor, "_rows _cols"]]:
+    """Return what a runtime will read in the place of these linears' weights."""
+    found: dict[str, Tensor] = {}
+    for site in plan.spec.sites:
+        linears = [x for x in plan.of_layer(index, site) if x.name in names]
+        weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x.name))) for x in linears]
+        together = [(linears, weights, stats.get(site.name))]
+        if importance:  # of each linear's own
+            together = [([x], [w], _importance(importance, x)) for x, w in zip(linears, weights, strict=True)]
+        for these, theirs, known in together:
+            if these:
+                known = known or Stats.none(these[0].cols, theirs[0].device)
+                done, _ = run.quantize_together(these, theirs, known)
+                found |= {name: dequantize(q) for name, q in done.items()}
+    return found
+
+
+def _importance(known: Mapping[str, Tensor], linear: Linear) -> Stats | None:
+    square = known.get(linear.weight_name)
+    return None if square is None else Stats(None, square, square.sqrt(), 1)
+
+
+@contextmanager
+def _replaced(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """While active, let modules have other weights."""
+    before = {module: calibrate.weight_of(module).clone() for module in weights}
+    for module, weight in weights.items():
+        calibrate.weight_of(module).copy_(weight)
+    try:
+        yield
+    finally:
+        for module, weight in before.items():
+            calibrate.weight_of(module).copy_(weight)
