@@ -61,7 +61,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     assert isinstance(grid, Blockwise)
     device = q.codes.device
     numbers = torch.tensor(grid.type.numbers, dtype=torch.uint8, device=device)
-    codes = numbers[q.codes.flatten().long()]
+    codes = numbers.index_select(0, q.codes.flatten().int())
     quant_map = torch.empty(16)
     quant_map[list(grid.type.numbers)] = grid.table
     absmax = q.params["absmax"].flatten()
@@ -155,7 +155,9 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
         absmax = _part(tensors, "weight.nested_quant_map", 256)[absmax.long()] * scale
         absmax += torch.tensor(float(state["nested_offset"]))
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
-    weight = _part(tensors, "weight.quant_map", 16)[codes.long()] * absmax.float().repeat_interleave(size)[:n]
+    weight = (
+        _part(tensors, "weight.quant_map", 16).index_select(0, codes.int()) * absmax.float().repeat_interleave(size)[:n]
+    )
     return weight.to(dtype).float().view(shape)
 
 
