@@ -378,7 +378,7 @@ def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor,
                 for linear in plan.of_layer(index):
                     if linear.grid is not None:
                         _put(layer, plan, linear, log.load(linear), rounding)
-                _put_floats(layer, plan, index, log.floats(index))
+                _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
                 with calibrate.rounded(layer, plan.spec.sites, rounding):
                     stream.run(layer, index, activations)
             else:

@@ -102,11 +102,16 @@ class Work:
         ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
         return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
 
-    def floats(self, layer: int | None) -> dict[str, Tensor]:
-        """Return the float tensors of a layer that transforms changed, by their full names."""
+    def floats(self, layer: int) -> list[str]:
+        """Return the full names of a layer's float tensors that transforms changed."""
         with safe_open(self._path(layer), "pt") as file:
-            names = [name for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
-            return {name.removeprefix(FLOAT): file.get_tensor(name) for name in names}
+            return [name.removeprefix(FLOAT) for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
+
+    def load_float(self, layer: int, name: str) -> Tensor:
+        """Return one of them."""
+        with safe_open(self._path(layer), "pt") as file:
+            value: Tensor = file.get_tensor(f"{FLOAT}{name}")
+        return value
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
@@ -142,7 +147,7 @@ class Transformed(Checkpoint):
         """Return one tensor as it is to be stored, or some rows of it."""
         if name not in self._layer_of:
             return self._checkpoint.read(name, rows)
-        changed = self._log.floats(self._layer_of[name])[name]
+        changed = self._log.load_float(self._layer_of[name], name)
         return changed[slice(*rows)] if rows else changed
 
 

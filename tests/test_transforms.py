@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -179,8 +179,9 @@ def test_a_linear_is_clipped_only_where_its_own_algorithm_gains():
     w = torch.randn(64, COLS, generator=torch.Generator().manual_seed(4))
     stats = stats_of(x)
 
-    deaf = SimpleNamespace(quantize=lambda target, *_: rtn.quantize(w, stats, grid, rtn.Config()))  # always rounds w
     grid = rounding(w, bits=3).grid
+    deaf = ModuleType("deaf")
+    deaf.quantize = lambda target, *_: rtn.quantize(w, stats, grid, rtn.Config())
     assert torch.equal(awq.clip(w, stats, Rounding(grid, deaf, None), awq.Config()), w)
 
 
@@ -243,7 +244,7 @@ def test_a_sample_is_spread_evenly_over_all_batches():
 # whole runs
 
 
-SMALL = ["calibration.sequences=8", "calibration.length=64"]
+SMALL = ["calibration.sequences=4", "calibration.length=64"]
 
 
 def logits(folder, tokens, source):
@@ -270,6 +271,25 @@ def small(calibrated):
 
 
 @pytest.fixture(scope="module")
+def tiny(save_model, tmp_path_factory):
+    """A Llama of two layers with grouped-query attention."""
+    return save_model(tmp_path_factory.mktemp("tiny"), llama_of(64, 2))
+
+
+def llama_of(width, layers):
+    return hf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=None,
+    )
+
+
+@pytest.fixture(scope="module")
 def biased(save_model, tmp_path_factory):
     """A bfloat16 OPT: LayerNorms and linears with biases, ReLU."""
     config = hf.OPTConfig(
@@ -285,7 +305,7 @@ def biased(save_model, tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("opt"), config, torch.bfloat16)
 
 
-@pytest.mark.parametrize("model", ["llama", "biased"])
+@pytest.mark.parametrize("model", ["tiny", "biased"])
 @pytest.mark.parametrize("name", ["awq", "smoothquant"])
 def test_what_a_run_folds_reaches_the_written_model(model, name, small, tmp_path, request):
     source = request.getfixturevalue(model)
@@ -302,98 +322,71 @@ def test_what_a_run_folds_reaches_the_written_model(model, name, small, tmp_path
     assert (logits(tmp_path / "out", some_tokens(), source) - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-def test_a_linear_that_stays_float_is_scaled_with_its_site(llama, small, tmp_path):
+def test_a_linear_that_stays_float_is_scaled_with_its_site(tiny, small, tmp_path):
     changes = [*small, "grid.bits=8", "rules=[{match: ['*.k_proj', '*.v_proj', '*.up_proj'], keep: true}]"]
     changes += ["transforms=[{name: smoothquant, sites: all}]"]
-    run.quantize(llama, recipe.load("awq-w3g128", changes), tmp_path / "out")
+    run.quantize(tiny, recipe.load("awq-w3g128", changes), tmp_path / "out")
     name = "model.layers.1.self_attn.k_proj.weight"
-    assert not torch.equal(open_model(tmp_path / "out").read(name), open_model(llama).read(name))
-    wanted = logits(llama, some_tokens(), llama)
-    assert (logits(tmp_path / "out", some_tokens(), llama) - wanted).abs().max() < 0.03 * wanted.abs().max()
+    assert not torch.equal(open_model(tmp_path / "out").read(name), open_model(tiny).read(name))
+    wanted = logits(tiny, some_tokens(), tiny)
+    assert (logits(tmp_path / "out", some_tokens(), tiny) - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-def test_transforms_are_applied_one_after_the_other(llama, small, tmp_path):
+def test_transforms_are_applied_one_after_the_other(tiny, small, tmp_path):
     changes = [*small, "grid.bits=8", "transforms=[{name: smoothquant}, {name: awq, steps: 3, clip: false}]"]
-    report, _ = run.quantize(llama, recipe.load("awq-w3g128", changes), tmp_path / "out")
+    report, _ = run.quantize(tiny, recipe.load("awq-w3g128", changes), tmp_path / "out")
     told = report.linears["model.layers.1.mlp.up_proj"]["transforms"]
     assert [one["name"] for one in told] == ["smoothquant", "awq"]
     assert told[0]["alpha"] == 0.5
     assert 0 < told[1]["loss"] <= 1
-    wanted = logits(llama, some_tokens(), llama)
-    assert (logits(tmp_path / "out", some_tokens(), llama) - wanted).abs().max() < 0.03 * wanted.abs().max()
+    wanted = logits(tiny, some_tokens(), tiny)
+    assert (logits(tmp_path / "out", some_tokens(), tiny) - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(
-    "changes", [[], ["algorithm={name: gptq, actorder: true}"], ["true_sequential=false"]], ids=str
-)
-def test_a_run_with_transforms_that_died_ends_with_the_same_bytes(llama, small, tmp_path, changes):
+@pytest.mark.parametrize("changes", [["true_sequential=false"], ["algorithm={name: gptq, sweeps: 0}"]], ids=str)
+def test_a_run_with_transforms_that_died_ends_with_the_same_bytes(tiny, small, tmp_path, changes):
     chosen = recipe.load("awq-w3g128", [*small, *changes, "transforms.0.steps=3"])
-    run.quantize(llama, chosen, tmp_path / "whole")
+    run.quantize(tiny, chosen, tmp_path / "whole")
 
     def die(what, done, total):
-        if (what, done) == ("quantizing layers", 2):
+        if (what, done) == ("quantizing layers", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.quantize(llama, chosen, tmp_path / "out", progress=die)
-    report, _ = run.quantize(llama, chosen, tmp_path / "out")
-    assert report.resumed_layers == 2
+        run.quantize(tiny, chosen, tmp_path / "out", progress=die)
+    report, _ = run.quantize(tiny, chosen, tmp_path / "out")
+    assert report.resumed_layers == 1
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_exporting_a_transformed_model_again_gives_the_same_bytes(llama, small, tmp_path):
+def test_exporting_a_transformed_model_again_gives_the_same_bytes(tiny, small, tmp_path):
     changes = [*small, "transforms.0.steps=3"]
-    run.quantize(llama, recipe.load("awq-w4g128", changes), tmp_path / "awq", tmp_path / "work")
+    run.quantize(tiny, recipe.load("awq-w4g128", changes), tmp_path / "awq", tmp_path / "work")
     api.export(tmp_path / "work", ["compressed_tensors"], tmp_path / "again")
-    run.quantize(llama, recipe.load("awq-w4g128", [*changes, "formats=[compressed_tensors]"]), tmp_path / "direct")
+    run.quantize(tiny, recipe.load("awq-w4g128", [*changes, "formats=[compressed_tensors]"]), tmp_path / "direct")
     assert files(tmp_path / "again") == files(tmp_path / "direct")
     ours, theirs = open_model(tmp_path / "awq"), open_model(tmp_path / "direct")
-    assert len(ours.packed) == 3 * 7
-    for name in [*(f"{n}.weight" for n in ours.packed), "model.layers.2.input_layernorm.weight"]:
+    assert len(ours.packed) == 2 * 7
+    for name in [*(f"{n}.weight" for n in ours.packed), "model.layers.1.input_layernorm.weight"]:
         assert torch.equal(ours.read(name), theirs.read(name))
 
 
 def test_a_gguf_file_holds_the_folded_norms(save_model, small, tmp_path):
-    config = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=None,
-    )
-    source = save_model(tmp_path / "model", config)
+    source = save_model(tmp_path / "model", llama_of(256, 1))
     changes = [c for c in small if "grid" not in c]
-    changes += ["transforms=[{name: smoothquant}]", "mixture={name: q8_0}"]
+    changes += ["transforms=[{name: smoothquant}, {name: awq, steps: 2}]", "mixture={name: q8_0}"]
     run.quantize(source, recipe.load("awq-q4_k_m", changes), tmp_path / "out")
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(open_model(tmp_path / "out").read(norm), open_model(source).read(norm))
     wanted = logits(source, some_tokens(), source)
-    assert (logits(tmp_path / "out", some_tokens(), source) - wanted).abs().max() < 0.03 * wanted.abs().max()
+    assert (logits(tmp_path / "out", some_tokens(), source) - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("name", ["awq-w4g128", "awq-w3g128", "awq-gptq-w4g128", "w8a8-smoothquant"])
-def test_the_shipped_recipes_run(llama, small, tmp_path, name):
+def test_the_shipped_recipes_run(tiny, small, tmp_path, name):
     grid = small if "w8a8" not in name else [c for c in small if "group_size" not in c]
-    report = api.quantize(llama, name, tmp_path / "out", changes=grid)
-    assert report.evaluation[1]["kld_mean"] < 0.5
-
-
-def test_the_shipped_recipe_for_gguf_runs(save_model, small, tmp_path):
-    config = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=None,
-    )
-    source = save_model(tmp_path / "model", config)
-    changes = [c for c in small if "grid" not in c]
-    report = api.quantize(source, "awq-q4_k_m", tmp_path / "out", changes=changes)
+    steps = ["transforms.0.steps=3"] if "awq" in name else []
+    report = api.quantize(tiny, name, tmp_path / "out", changes=[*grid, *steps])
     assert report.evaluation[1]["kld_mean"] < 0.5
 
 
@@ -415,12 +408,12 @@ def test_sites_that_cannot_be_folded_are_listed(save_model, small, tmp_path):
         api.plan(source, "awq-w3g128", changes=[*small, rules])
 
 
-def test_transforms_need_text_and_not_an_imatrix(llama, small, tmp_path):
+def test_transforms_need_text_and_not_an_imatrix(tiny, small, tmp_path):
     (tmp_path / "imatrix.gguf").touch()
     with pytest.raises(RecipeError, match=r"^imatrix: the transforms need text"):
-        api.plan(llama, "awq-w3g128", changes=[*small, f"imatrix={tmp_path / 'imatrix.gguf'}"])
+        api.plan(tiny, "awq-w3g128", changes=[*small, f"imatrix={tmp_path / 'imatrix.gguf'}"])
     with pytest.raises(RecipeError, match=r"^calibration: missing"):
-        api.plan(llama, "rtn-w4g128", changes=["transforms=[{name: smoothquant}]", "grid.group_size=32"])
+        api.plan(tiny, "rtn-w4g128", changes=["transforms=[{name: smoothquant}]", "grid.group_size=32"])
 
 
 @pytest.mark.parametrize(
@@ -437,17 +430,17 @@ def test_a_wrong_transform_is_named_with_its_place(change, said):
         recipe.load("awq-w3g128", [change])
 
 
-def test_one_awq_file_has_one_setting(llama, small):
+def test_one_awq_file_has_one_setting(tiny, small):
     rules = "rules=[{match: '*.q_proj', grid: {group_size: 64}}]"
     with pytest.raises(Exception, match="group sizes 32, 64"):
-        api.plan(llama, "awq-w4g128", changes=[*small, rules])
+        api.plan(tiny, "awq-w4g128", changes=[*small, rules])
 
 
-def test_a_copy_with_outliers_computes_the_same(llama, tmp_path):
+def test_a_copy_with_outliers_computes_the_same(tiny, tmp_path):
     write = runpy.run_path(str(Path(__file__).parent.parent / "eval" / "outliers.py"))["write_outliers"]
-    write(llama, tmp_path / "copy")
+    write(tiny, tmp_path / "copy")
     norm = "model.layers.0.input_layernorm.weight"
-    before, after = open_model(llama).read(norm), open_model(tmp_path / "copy").read(norm)
+    before, after = open_model(tiny).read(norm), open_model(tmp_path / "copy").read(norm)
     assert ((after / before) > 20).sum() == 2
-    wanted = logits(llama, some_tokens(), llama)
-    torch.testing.assert_close(logits(tmp_path / "copy", some_tokens(), llama), wanted, rtol=1e-3, atol=1e-3)
+    wanted = logits(tiny, some_tokens(), tiny)
+    torch.testing.assert_close(logits(tmp_path / "copy", some_tokens(), tiny), wanted, rtol=1e-3, atol=1e-3)
