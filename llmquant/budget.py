@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def to_bytes(budget: str, weights: int) -> int:
         raise RecipeError(
             f"--budget {budget}: is neither bits per weight such as 4.5bpw nor a size such as 3.2GB, 3GiB"
         )
-    return int(float(found[1]) * weights / 8) if found[2] == "bpw" else int(float(found[1]) * UNITS[found[2]])
+    count = Decimal(found[1])  # 0.3 * 10 in binary is a byte short
+    return int(count * weights / 8) if found[2] == "bpw" else int(count * UNITS[found[2]])
 
 
 def fill(

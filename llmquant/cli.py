@@ -349,12 +349,14 @@ def sensitivity(
             announce=lambda cost: out.print(str(cost), soft_wrap=True),
             progress=tell,
         )
-    table = Table("unit", "weights", *(f"KLD {grid}" for grid in found.grids))
+    table = Table()
+    for column in ("unit", "weights", *(f"KLD {grid}" for grid in found.grids)):
+        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
     for name, results in found.table().items():
         weights = next(unit.weights for unit in found.units if unit.name == name)
         klds = (f"{results[g].kld:.6f} ± {results[g].kld_error:.6f}" if g in results else "" for g in found.grids)
         table.add_row(escape(name), f"{weights:,}", *klds)
-    out.print(table)
+    _wide().print(table)
     out.print(f"KLD from the float model, nats a token, each quantized alone. {escape(found.protocol)}", soft_wrap=True)
     _write(facts, dataclasses.asdict(found))
     sensitivities.draw(found, folder / "sensitivity.png")
@@ -465,10 +467,14 @@ def _show(rows: list[Row]) -> None:
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, cells(row)))
-    wide = Console(width=max(out.width, 150)) if not out.is_terminal else out
-    wide.print(table)
+    _wide().print(table)
     for protocol in sorted({row.protocol for row in rows}):
         out.print(f"Protocol: {escape(protocol)}", soft_wrap=True)
+
+
+def _wide() -> Console:
+    """Return a console on which a table of many columns is not cut off in a file."""
+    return Console(width=max(out.width, 150)) if not out.is_terminal else out
 
 
 def _show_plan(planned: Plan) -> None:

@@ -318,6 +318,7 @@ def draw(found: Sensitivity, path: Path) -> None:
         axes.barh([at + i * height for at in places], [max(r.kld, 1e-12) for r in results], height, label=grid)
     axes.set_yticks([at + (len(grids) - 1) * height / 2 for at in range(len(found.units))])
     axes.set_yticklabels([unit.name for unit in found.units], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("mean KL divergence from the float model when quantized alone, nats a token")

@@ -259,8 +259,10 @@ def test_the_command_line_measures_and_spends(llama, texts, tmp_path, monkeypatc
     assert json.loads((tmp_path / "facts.json").read_text())["by"] == "layer"
     assert (tmp_path / "sensitivity.png").exists()
     known = ("--sensitivity", tmp_path / "sensitivity.json", "--out", tmp_path / "mixed.yaml")
-    code, told = command("plan", *common, "--budget", "0.17MB", *known)
+    (size,) = api.plan(llama, "rtn-w4g128", changes=["grid.group_size=32"]).files.values()
+    code, told = command("plan", *common, "--budget", f"{size / 1e6}MB", *known)
     assert not code
+    assert f"within {size:,} bytes" in told.out
     assert recipe.load(tmp_path / "mixed.yaml").rules
     code, told = command("plan", *common, "--budget", "1kB", *known)
     assert code == 2
