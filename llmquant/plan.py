@@ -142,8 +142,8 @@ def make(
     config: the model's transformers configuration.
     tied: whether the model uses its embedding as the output matrix too.
     hidden: width of the residual stream. context: most tokens of a sequence.
-    matrices: the names of all linear modules outside the decoder layers.
-    foldable: the sites whose scales another module of a layer can absorb.
+    matrices: the names of all linear modules outside the decoder layers, for formats that list what stays float.
+    foldable: the sites whose scales another module of a layer can absorb, for transforms.
     """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
     layers = _count_layers(spec, infos)

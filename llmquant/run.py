@@ -104,7 +104,9 @@ def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool
 
 
 def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
-    """Return what a run would do to the model of a stream."""
+    """Return what a run would do to the model of a stream, which is built only if that depends on its modules."""
+    exporters = [plugins.load("exporters", name, "formats") for name in recipe_.formats]
+    told = any(hasattr(exporter, "quantization_config") for exporter in exporters)
     return planning.make(
         recipe_,
         stream.spec,
@@ -113,8 +115,8 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.hidden_size,
         stream.checkpoint.infos,
         stream.context,
-        stream.other_linears,
-        stream.foldable,
+        stream.other_linears if told else (),
+        stream.foldable if recipe_.transforms else (),
     )
 
 

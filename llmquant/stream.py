@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Stream:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True
     ) -> None:
-        """Build the model without its layers' weights; with ``weights`` False without any, until ``load``."""
+        """Load the weights outside the layers; with ``weights`` False only when ``load`` is called."""
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
@@ -52,17 +53,34 @@ class Stream:
         self.device = device
         self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        self.model.eval().requires_grad_(False)
-        self._layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
-        self.weights = sum(
-            p.numel() for n, p in self.model.named_parameters() if not (self.tied and n == f"{self.spec.head}.weight")
-        )
-        """Number of weights in the whole model; a tied matrix counts once."""
+        self._trust_remote_code = trust_remote_code
         if weights:
             self.load()
+
+    @cached_property
+    def _built(self) -> tuple[Any, int]:
+        """The model, built when it is first asked for: what only moves tensors does without."""
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust_remote_code)
+        model.eval().requires_grad_(False)
+        again = f"{self.spec.head}.weight" if self.tied else None
+        return model, sum(p.numel() for n, p in model.named_parameters() if n != again)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; the weights of its layers are on the meta device."""
+        return self._built[0]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the whole model; a tied matrix counts once."""
+        return self._built[1]
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
+        return layers
 
     def load(self) -> None:
         """Load everything outside the decoder layers."""
