@@ -6,6 +6,7 @@ alone: a pickle can run code when it is loaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -149,6 +150,26 @@ class Checkpoint:
                 prefix = ".".join([*parts[:cut], ""])
                 heads = (f"{spec.head}.", prefix)
                 self.infos = {n if n.startswith(heads) else prefix + n: i for n, i in self.infos.items()}
+
+
+class Digest:
+    """The SHA-256 of a file that may still be growing: what is there is hashed while more is computed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._done = 0
+
+    def catch_up(self) -> None:
+        with self._path.open("rb") as file:
+            file.seek(self._done)
+            while piece := file.read(1 << 20):
+                self._hash.update(piece)
+                self._done += len(piece)
+
+    def hexdigest(self) -> str:
+        self.catch_up()
+        return self._hash.hexdigest()
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

@@ -9,7 +9,6 @@ included (``check_tokenizer``).
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,16 @@ import torch
 from torch import Tensor
 
 from llmquant import plugins, recipe
-from llmquant.checkpoint import INDEX, SHARD_BYTES, Checkpoint, check_output, shards_bytes, write_json, write_shards
+from llmquant.checkpoint import (
+    INDEX,
+    SHARD_BYTES,
+    Checkpoint,
+    Digest,
+    check_output,
+    shards_bytes,
+    write_json,
+    write_shards,
+)
 from llmquant.errors import FormatError, OutputError
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear, Plan, placeholder
@@ -118,11 +126,14 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if hasattr(exporter, "write"):
-            written: int = exporter.write(partial, plan, checkpoint, source, config, tell)
+            hashes: dict[str, str] = exporter.write(partial, plan, checkpoint, source, config, tell)
+            written = sum((partial / name).stat().st_size for name in hashes)
         else:
+            hashes = {}
             written = _write_folder(partial, plan, checkpoint, source, exporter, tell)
         (partial / "recipe.yaml").write_text(recipe.dump(plan.recipe), "utf-8")
-        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        rest = [path for path in sorted(partial.iterdir()) if path.name not in hashes]
+        hashes |= {path.name: Digest(path).hexdigest() for path in rest}
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -201,11 +212,3 @@ def _settings(plan: Plan) -> dict[str, object]:
     inputs = {name: linear.activations for name, linear in plan.quantized.items() if linear.activations}
     told = {"inputs": inputs} if inputs else {}
     return settings | {"true_sequential": plan.recipe.true_sequential} | told
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

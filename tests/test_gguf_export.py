@@ -1,5 +1,7 @@
 """From a model folder to a GGUF file and back, beside what llama.cpp makes of the file."""
 
+import hashlib
+
 import gguf
 import pytest
 import torch
@@ -209,3 +211,11 @@ def test_a_tokenizer_that_has_no_place_in_the_file_is_refused_before_calibration
 def test_what_cannot_be_is_refused_before_any_work(name, changes, error, message):
     with pytest.raises(error, match=message):
         api.plan(demo.MODEL, name, changes=changes)
+
+
+def test_the_hashes_of_a_report_are_those_of_the_written_shards(llama, tmp_path):
+    chosen = recipe.Recipe(name="x", grid={"name": "q4_0"}, formats=["gguf"], max_shard_size="50KB")
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    files = sorted((tmp_path / "out").iterdir())
+    assert len(files) > 3
+    assert report.hashes["gguf"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -137,8 +137,8 @@ def float_bytes(plan: Plan) -> int:
 
 def write(
     folder: Path, plan: Plan, checkpoint: Checkpoint, source: Source, config: Any, tell: Callable[[int, int], None]
-) -> int:
-    """Write the file or its shards into ``folder``, tensor by tensor, and return their size.
+) -> dict[str, str]:
+    """Write the file or its shards into ``folder``, tensor by tensor, and return the SHA-256 of each by its name.
 
     config: the model's transformers configuration.
     """
@@ -162,7 +162,7 @@ def write(
 
     name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
     files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
-    return sum(path.stat().st_size for path in files)
+    return {path.name: digest for path, digest in files.items()}
 
 
 def file_bytes(plan: Plan, checkpoint: Checkpoint, config: Any) -> int:

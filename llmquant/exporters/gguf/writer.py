@@ -20,6 +20,7 @@ from gguf import (
 )
 from torch import Tensor
 
+from llmquant.checkpoint import Digest
 from llmquant.errors import FormatError
 
 
@@ -43,8 +44,8 @@ def write(
     tensors: Sequence[Stored],
     data: Iterator[Iterable[Tensor]],
     split_bytes: int = 0,
-) -> list[Path]:
-    """Write ``path``, or shards beside it named after it, and return their paths.
+) -> dict[Path, str]:
+    """Write ``path``, or shards beside it named after it, and return the SHA-256 of each.
 
     metadata: with "general.architecture". data: the bytes of every tensor in turn (uint8), some rows at a time, in the
         order of ``tensors``.
@@ -55,11 +56,14 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        digests = {file: Digest(file) for file in sorted(path.parent.glob(f"{path.stem}*.gguf"))}
         for tensor, pieces in zip(tensors, data, strict=True):
             writer.write_tensor_data(_Streamed(tensor, pieces))
+            for digest in digests.values():
+                digest.catch_up()
     finally:
         writer.close()
-    return sorted(path.parent.glob(f"{path.stem}*.gguf"))
+    return {file: digest.hexdigest() for file, digest in digests.items()}
 
 
 def file_bytes(metadata: Mapping[str, Any], tensors: Sequence[Stored], split_bytes: int = 0) -> int:
