@@ -100,6 +100,8 @@ def plan(
     from llmquant import api
 
     changes = _with(changes, formats, pure, tensor_types)
+    if budget is None and (sensitivity or file):
+        raise RecipeError("--sensitivity, --out: only with --budget, e.g. --budget 4.5bpw")
     if budget is None:
         planned = api.plan(model, recipe, changes=changes, trust_remote_code=trust)
     elif sensitivity is None or file is None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmquant import plugins
+
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
     from llmquant.run import Report
@@ -74,7 +76,7 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
 
     inherited: front matter of the float model's card, of which licence and language are carried over.
     """
-    method = {"gptq": "gptq", "gptq_v2": "gptq", "awq": "awq"}.get(format_, "compressed-tensors")
+    method = plugins.load("exporters", format_, "format").METHOD
     bits = {round(r["bits_per_weight"], 3) for r in report.linears.values()}
     front = {
         **{key: inherited[key] for key in ("license", "license_name", "license_link", "language") if key in inherited},

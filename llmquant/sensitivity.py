@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llmquant import calibrate, data, plugins, run
 from llmquant.checkpoint import read_json, write_json
-from llmquant.errors import OutputError, RecipeError
+from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
 from llmquant.models.spec import Site
@@ -292,11 +292,16 @@ def measure(
 def read(path: Path) -> Sensitivity:
     """Return what ``measure`` has written, or raise CheckpointError."""
     values = read_json(path, "`llmquant sensitivity` writes one")
-    return Sensitivity(
-        **{key: values[key] for key in ("model", "recipe", "by", "protocol", "fingerprint")},
-        units=tuple(Unit(**(unit | {"linears": tuple(unit["linears"])})) for unit in values["units"]),
-        results=tuple(Measured(**result) for result in values["results"]),
-    )
+    try:
+        found = Sensitivity(
+            **{key: values[key] for key in ("model", "recipe", "by", "protocol", "fingerprint")},
+            units=tuple(Unit(**(unit | {"linears": tuple(unit["linears"])})) for unit in values["units"]),
+            results=tuple(Measured(**result) for result in values["results"]),
+        )
+        found.table()
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is not what `llmquant sensitivity` writes: {error!r}") from None
+    return found
 
 
 def draw(found: Sensitivity, path: Path) -> None:

@@ -152,6 +152,8 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
     if nested:
         every = state["nested_blocksize"]
         scale = _part(tensors, "weight.nested_absmax", math.ceil(blocks / every)).repeat_interleave(every)[:blocks]
+        if absmax.dtype != torch.uint8:
+            raise CheckpointError(f"weight.absmax is {absmax.dtype}, expected uint8 beside a nested absmax")
         absmax = _part(tensors, "weight.nested_quant_map", 256)[absmax.long()] * scale
         absmax += torch.tensor(float(state["nested_offset"]))
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
@@ -170,6 +172,8 @@ def _state_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         fine = state["dtype"] in DTYPES and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
         sizes = [state[key] for key in ("blocksize", "nested_blocksize") if key in state]
         fine = fine and "blocksize" in state and all(isinstance(n, int) and n > 0 for n in sizes)
+        if "nested_offset" in state:
+            fine = fine and "nested_blocksize" in state and isinstance(state["nested_offset"], float)
     except (ValueError, KeyError, TypeError):
         fine = False
     if not fine:

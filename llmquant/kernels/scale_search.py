@@ -181,10 +181,10 @@ def _share(x: Array, weight: Array, groups: int, favour: np.float32, least_weigh
     for g in range(groups):
         lanes = by_lane[g * blocks : (g + 1) * blocks]
         for b in range(len(by_block)):
-            lanes[b] = ONE / by_block[b] if by_block[b] > ZERO else ONE
+            lanes[b] = by_block[b] if by_block[b] > ZERO else ONE
     for k in range(len(x)):
         for i in range(TILE):
-            share = weight[k, i] * by_lane[i]
+            share = weight[k, i] / by_lane[i]
             weight[k, i] = least_weight if share < least_weight else share
 
 
@@ -261,6 +261,7 @@ def _choose(sums: Array, lowest: np.float32, spare: int, d: Array, whole: Array)
             wished_[b] = scale[b] + wet[b] / wtt[b] if wtt[b] > ZERO else ZERO
             largest[b] = wished_[b] if abs(wished_[b]) > abs(largest[b]) else largest[b]
     least[:] = np.inf
+    d[:] = ZERO
     for step in range(spare):
         for b in range(len(d)):
             trial[b] = _half_above(largest[b] / (lowest + np.float32(step)))
