@@ -206,7 +206,11 @@ def make(
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
     unfoldable: tuple[str, ...] = ()
     if recipe.transforms:
-        used = [site.name for site in spec.sites if any(f"{spec.layers}.0.{n}" in quantized for n in site.linears)]
+        used = [
+            site.name
+            for site in spec.sites
+            if any(f"{spec.layers}.{i}.{n}" in quantized for i in range(layers) for n in site.linears)
+        ]
         unfoldable = tuple(name for name in used if name not in foldable)
         if len(unfoldable) == len(used):
             raise RecipeError(

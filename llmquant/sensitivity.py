@@ -213,10 +213,10 @@ def measure(
     checkpoint = run.load_float(model)
     stream = Stream(checkpoint, run.device_of(device), trust_remote_code, weights=False)
     labels = grids_of(grids, recipe)
-    if recipe.transforms or recipe.activations:
+    own = run.plan_for(stream, recipe)
+    if recipe.transforms or any(x.activations for x in own.linears):
         what = "transforms" if recipe.transforms else "activations"
         raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
-    own = run.plan_for(stream, recipe)
     units = units_of(own, by)
     plans = {label: run.plan_for(stream, uniform(recipe, units, label)) for label in labels}
     for label, plan in plans.items():

@@ -107,7 +107,7 @@ class Sample:
         self._kept: list[Tensor] = []
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
-        self._kept.append(x[-self._seen % self._stride :: self._stride].float())
+        self._kept.append(x[-self._seen % self._stride :: self._stride].to(torch.float32, copy=True))  # no view of all
         self._seen += len(x)
 
     def result(self) -> Float[Tensor, "tokens cols"]:

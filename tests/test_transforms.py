@@ -444,3 +444,16 @@ def test_a_copy_with_outliers_computes_the_same(tiny, tmp_path):
     assert ((after / before) > 20).sum() == 2
     wanted = logits(tiny, some_tokens(), tiny)
     torch.testing.assert_close(logits(tmp_path / "copy", some_tokens(), tiny), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_transforms_may_meet_a_first_layer_that_stays_float(llama):
+    chosen = recipe.Recipe(
+        name="x",
+        grid={"name": "affine", "group_size": 32},
+        transforms=[{"name": "smoothquant"}],
+        rules=[{"match": "*.layers.0.*", "keep": True}],
+        calibration={"path": "text.txt"},
+    )
+    plan = run.make_plan(llama, chosen)
+    assert not plan.unfoldable
+    assert {x.layer for x in plan.quantized.values()} == {1, 2}
