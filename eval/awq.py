@@ -3,7 +3,9 @@
     python eval/awq.py --out results.md MODEL CALIBRATION EVALUATION [MODEL CALIBRATION EVALUATION ...]
 
 For each model and a copy of it with outlier channels (outliers.py): perplexity and
-mean KL divergence on held-out text, for a scale and a zero point in 128 columns.
+mean KL divergence on held-out text, for a scale and a zero point in 128 columns. Each
+method calibrates on several samples of the text, since one sample's luck is about as
+large as the difference between the better methods; the means over them are given.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,14 +32,15 @@ VARIANTS = {
     "awq+gptq": {"algorithm": GPTQ, "transforms": [{"name": "awq", "clip": False}]},
     "awq+gptq, clip": {"algorithm": GPTQ, "transforms": [{"name": "awq"}]},
 }
-COLUMNS = ("model", "grid", "method", "perplexity", "KLD", "seconds")
+COLUMNS = ("model", "grid", "method", "perplexity", "KLD", "its spread", "seconds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="MODEL CALIBRATION EVALUATION, repeated")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=3, help="samples of the calibration text")
+    parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=16384)
     parser.add_argument("--protocol", default="llama.cpp")
@@ -55,31 +59,38 @@ def main() -> None:
                     write_outliers(model, source)
                 windows = evaluation.read_windows(source, text, args.protocol, args.max_tokens)
                 reference = evaluation.Reference(source)
-                rows = [("float", "", evaluation.evaluate(source, windows, reference), 0.0)]
+                text_of = {"path": calibration, "sequences": args.sequences, "length": args.length}
+                rows = [("float", "", [evaluation.evaluate(source, windows, reference)], 0.0)]
                 for bits in args.bits:
                     for variant in args.variants:
-                        chosen = recipe.Recipe(
-                            name="study",
-                            grid={"name": "affine", "bits": bits, "group_size": 128, "symmetric": False},
-                            calibration={"path": calibration, "sequences": args.sequences, "length": args.length},
-                            **VARIANTS[variant],
-                        )
-                        out = Path(folder) / f"{bits}-{variant}"
-                        report, _ = run.quantize(source, chosen, out)
-                        row = evaluation.evaluate(out, windows, reference)
-                        rows.append((variant, f"w{bits}g128", row, report.seconds))
-                        print(name, bits, variant, f"{row.perplexity:.4f} {row.kld_mean:.5f}", flush=True)
-                for variant, grid, row, seconds in rows:
-                    facts.append({"model": name, "grid": grid, "method": variant} | dataclasses.asdict(row))
-                    kld = f"{row.kld_mean:.5f} ± {row.kld_error:.5f}"
-                    lines.append([name, grid, variant, f"{row.perplexity:.3f}", kld, f"{seconds:.0f}"])
+                        found, seconds = [], []
+                        for seed in range(args.seeds):
+                            chosen = recipe.Recipe(
+                                name="study",
+                                grid={"name": "affine", "bits": bits, "group_size": 128, "symmetric": False},
+                                calibration={**text_of, "seed": seed},
+                                **VARIANTS[variant],
+                            )
+                            out = Path(folder) / f"{bits}-{variant}-{seed}"
+                            report, _ = run.quantize(source, chosen, out)
+                            found.append(evaluation.evaluate(out, windows, reference))
+                            seconds.append(report.seconds)
+                            print(name, bits, variant, seed, f"{found[-1].kld_mean:.6f}", flush=True)
+                        rows.append((variant, f"w{bits}g128", found, statistics.median(seconds)))
+                for variant, grid, found, seconds in rows:
+                    facts += [{"model": name, "grid": grid, "method": variant} | dataclasses.asdict(r) for r in found]
+                    klds = [row.kld_mean for row in found]
+                    perplexity = statistics.mean(row.perplexity for row in found)
+                    spread = f"{min(klds):.5f} to {max(klds):.5f}"
+                    kld = f"{statistics.mean(klds):.5f}"
+                    lines.append([name, grid, variant, f"{perplexity:.3f}", kld, spread, f"{seconds:.0f}"])
             protocols.append(f"{name}: {windows.label}.")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     head = [
         "# AWQ beside rounding to nearest and GPTQ: perplexity and mean KL divergence from the float model",
         "",
-        f"Commit {commit.stdout.strip()}; {args.sequences} sequences of {args.length} tokens to calibrate on; "
-        "asymmetric groups of 128 columns. KLD with its standard error.",
+        f"Commit {commit.stdout.strip()}; means over {args.seeds} samples of {args.sequences} sequences of "
+        f"{args.length} tokens to calibrate on; asymmetric groups of 128 columns.",
         "",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
