@@ -31,7 +31,6 @@ Steps = Generator[tuple[Site | None, Tensor], None, None]
 """A layer's computation in steps: (site, what its linears are about to read), and at last (None, the output)."""
 
 
-@torch.no_grad()
 def start(
     model: nn.Module, spec: ModelSpec, tokens: Int[Tensor, "batch time"]
 ) -> tuple[Float[Tensor, "batch time hidden"], list[Call]]:
@@ -63,7 +62,6 @@ def run_layer(
     return result
 
 
-@torch.no_grad()
 def finish(
     model: nn.Module, spec: ModelSpec, tokens: Int[Tensor, "batch time"], x: Float[Tensor, "batch time hidden"]
 ) -> Float[Tensor, "batch time vocab"]:

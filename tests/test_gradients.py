@@ -1,0 +1,80 @@
+"""Gradients at the embedding, a layer at a time, against autograd through the whole model."""
+
+import pytest
+import torch
+import transformers as hf
+
+from llmquant import gradients, memory
+from llmquant.run import load_float
+from llmquant.stream import Stream
+
+VOCABULARY = 384  # of the tokenizer
+SHARED = {"vocab_size": VOCABULARY, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": lambda: hf.LlamaConfig(**SHARED, **LLAMA),
+    "gemma3, tied, scaled embedding": lambda: hf.Gemma3TextConfig(**SHARED, **LLAMA, head_dim=8, sliding_window=8),
+    "bloom, tied, a norm behind the embedding": lambda: hf.BloomConfig(**SHARED, hidden_size=32, n_layer=2, n_head=4),
+    "gpt2, positions": lambda: hf.GPT2Config(
+        **SHARED, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False
+    ),
+}
+
+
+def expected(model, tokens):
+    """The sum of g gᵀ, by one backward pass through the whole model, sequence by sequence as the draws go."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(32, 32)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for sequence in tokens.split(1):
+        seen = {}
+
+        def keep(_module, _inputs, output, seen=seen):
+            seen["embedded"] = output.detach().requires_grad_()
+            return seen["embedded"]
+
+        def read(_module, inputs, seen=seen):
+            seen["head"] = inputs[0].detach()
+
+        hooks = (
+            model.get_input_embeddings().register_forward_hook(keep),
+            model.get_output_embeddings().register_forward_pre_hook(read),
+        )
+        log_p = model(sequence, use_cache=False).logits[0].log_softmax(1)
+        for hook in hooks:
+            hook.remove()
+        p = log_p.detach().exp()
+        drawn = torch.multinomial(p, 1, generator=generator)
+        (g,) = torch.autograd.grad(log_p.gather(1, drawn).sum(), seen["embedded"])
+        total += g[0].T @ g[0]
+        if tied:
+            share = (1 - p.square().sum(1))[:, None]
+            total += seen["head"][0].T @ (share * seen["head"][0])
+    return total / tokens.numel()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_information_at_the_embedding_is_that_of_autograd(name, save_model, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", CONFIGS[name]())
+    tokens = torch.randint(2, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
+    stats = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens)
+    truth = expected(hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokens)
+    truth.diagonal().add_(gradients.SHRINK * truth.diagonal().mean())
+    torch.testing.assert_close(stats.hessian, truth, rtol=1e-3, atol=1e-4 * float(truth.abs().max()))
+    assert stats.tokens == 60
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    again = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens)
+    torch.testing.assert_close(again.hessian, stats.hessian)
+
+
+def test_no_more_tokens_are_used_than_stated(llama, monkeypatch):
+    monkeypatch.setattr(gradients, "TOKENS", 40)
+    tokens = torch.randint(2, VOCABULARY, (9, 16), generator=torch.Generator().manual_seed(1))
+    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens).tokens == 32
