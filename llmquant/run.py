@@ -7,7 +7,8 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -308,7 +309,7 @@ class Direct:
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor], None, None]:
         """Yield each linear as pieces of some rows, in order, packed; those of the next are begun before its end."""
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
@@ -327,8 +328,9 @@ class Direct:
             self._records[name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
 
         parts = (part for linear in linears for part in _parts(linear))
-        done = threads.side_by_side(lambda part: quantize(*part), parts)
-        return (taken(name, results) for name, results in itertools.groupby(done, key=itemgetter(0)))
+        with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:
+            for name, results in itertools.groupby(done, key=itemgetter(0)):
+                yield taken(name, results)
 
     def _stats(self, linear: Linear) -> Stats:
         known = self._importance.get(linear.weight_name)

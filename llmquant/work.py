@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Work:
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor], None, None]:
         """Yield each linear in one piece, packed."""
         return (iter([pack(self.load(linear))]) for linear in linears)
 
