@@ -240,11 +240,13 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     stream = Stream(checkpoint, torch.device("cpu"), weights=False)
     plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
-    missing = [i for i in range(plan.layers) if not log.has(i)]
+    # a layer of which nothing is quantized may have no file
+    missing = [i for i in (*range(plan.layers), None) if not log.has(i) and any(x.grid for x in plan.of_layer(i))]
     if missing:
+        what = "what is outside the layers" if missing[0] is None else f"layer {missing[0]} of {plan.layers}"
         raise CheckpointError(
-            f"{folder}: layer {missing[0]} of {plan.layers} is not finished. Run `llmquant quantize` with the same "
-            f"settings and --work {folder} to go on."
+            f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
+            "to go on."
         )
     return plan, work.Transformed(checkpoint, log, plan.layers), stream.config, log
 

@@ -104,6 +104,8 @@ class Work:
 
     def floats(self, layer: int) -> list[str]:
         """Return the full names of a layer's float tensors that transforms changed."""
+        if not self.has(layer):
+            return []
         with safe_open(self._path(layer), "pt") as file:
             return [name.removeprefix(FLOAT) for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
 
