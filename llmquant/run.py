@@ -471,7 +471,10 @@ def _rounding(linear: Linear) -> Rounding | None:
 def _round_floats(
     plan: Plan, stream: Stream, layer: nn.Module, index: int, modules: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values."""
+    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values.
+
+    Raises CalibrationError when that dtype cannot hold a value.
+    """
     quantized = {x.weight_name for x in plan.of_layer(index) if x.grid}
     floats = {}
     for module in dict.fromkeys(modules):
@@ -479,6 +482,12 @@ def _round_floats(
             name = f"{plan.spec.layers}.{index}.{module}.{local}"
             if name not in quantized:
                 floats[name] = parameter.to(stream.checkpoint.infos[name].dtype)
+                if not torch.isfinite(floats[name]).all():
+                    raise CalibrationError(
+                        f"{name}: with the scales of the transforms folded into it, it has values that "
+                        f"{floats[name].dtype} cannot hold: the largest is {float(parameter.abs().max()):g}. "
+                        "Leave out `transforms`, or use a model in bfloat16 or float32."
+                    )
     _put_floats(layer, plan, index, floats)
     return floats
 
