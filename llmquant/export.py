@@ -77,6 +77,8 @@ def check_tokenizer(formats: Iterable[str], tokenizer: Any, config: Any) -> None
 def file_bytes(plan: Plan, checkpoint: Checkpoint, format_: str, config: Any) -> int:
     """Return the size of the weights' files that ``write`` will make, to the byte; reads no weights.
 
+    Of bitsandbytes with double quantization, the most that they can have.
+
     config: the model's transformers configuration.
     """
     exporter = plugins.load("exporters", format_, "format")
