@@ -36,7 +36,7 @@ UNITS = {
 class Budgeted:
     """The recipe, what it makes, and what it is expected to cost.
 
-    choices: unit -> grid. kld: the sum of the units' divergences, nats a token.
+    choices: unit -> grid. kld: the sum of the units' measured divergences, nats a token.
     """
 
     recipe: Recipe
@@ -97,8 +97,7 @@ def fill(
     for unit in units:
         of = {grid: sum(sizes[grid][name] for name in unit.linears) for grid in grids}
         labels.append(sorted(grids, key=lambda grid: (of[grid], table[unit.name][grid].kld)))
-        costs = knapsack.falling([table[unit.name][grid].kld for grid in labels[-1]])
-        options.append([(of[grid], cost) for grid, cost in zip(labels[-1], costs, strict=True)])
+        options.append([(of[grid], table[unit.name][grid].kld) for grid in labels[-1]])
 
     def planned(chosen: Sequence[int]) -> tuple[Recipe, Plan, dict[str, str]]:
         choices = {u.name: names[i] for u, names, i in zip(units, labels, chosen, strict=True)}

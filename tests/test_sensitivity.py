@@ -169,21 +169,6 @@ def test_a_knapsack_of_too_many_sizes_is_thinned_and_still_fits(monkeypatch):
     assert totals[0] < sum(cost[1] for cost in costs)
 
 
-@pytest.mark.parametrize("costs", [[3.0, 1.0, 2.0, 0.5], [1.0, 2.0, 3.0], [5.0, 4.0, 4.0, 0.0]])
-def test_pooled_costs_never_rise_and_are_nearest(costs):
-    pooled = knapsack.falling(costs)
-    assert all(a >= b for a, b in itertools.pairwise(pooled))
-    assert sum(pooled) == pytest.approx(sum(costs))
-    grid = [x / 4 for x in range(25)]
-
-    def distance(candidate):
-        return sum((a - b) ** 2 for a, b in zip(candidate, costs, strict=True))
-
-    others = itertools.product(grid, repeat=len(costs))
-    best = min(distance(c) for c in others if all(a >= b for a, b in itertools.pairwise(c)))
-    assert distance(pooled) <= best + 1e-12
-
-
 GROUPS = ["grid.group_size=32", "grid.symmetric=false"]
 
 
@@ -221,6 +206,27 @@ def test_a_budget_is_kept_to_the_byte_by_the_written_files(name, changes, measur
     for outside in (least - 1, most + 1):
         with pytest.raises(RecipeError, match=rf"{least:,} to {most:,} bytes"):
             api.budget(llama, name, f"{outside}B", folder / "sensitivity.json", path, changes=changes)
+
+
+def test_a_bad_grid_of_the_same_size_does_not_spoil_a_good_one(llama, mixture):
+    _, found = mixture
+    like = {"q5_0": ("q4_0", 1.0), "mxfp4": ("q4_0", 4.0), "iq4_nl": ("q4_0", 1.5), "q8_0": ("q8_0", 1.0)}
+    table = found.table()
+    made_up = [
+        dataclasses.replace(table[unit.name][old], grid=new, kld=times * (i + 1) * (1e-3 if old == "q4_0" else 1e-5))
+        for i, unit in enumerate(found.units)
+        for new, (old, times) in {"q4_0": ("q4_0", 1.6), **like}.items()
+    ]
+    wide, narrow = (
+        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids))
+        for grids in ({*like, "q4_0"}, {"iq4_nl", "q5_0", "q8_0"})
+    )
+    base = recipe.load("gguf-q4_k_s")
+    best, same = (budget.fill(llama, base, some, "6bpw", "x") for some in (wide, narrow))
+    assert best.choices == same.choices
+    assert set(best.choices.values()) == {"iq4_nl", "q5_0", "q8_0"}
+    measured = wide.table()
+    assert best.kld == pytest.approx(sum(measured[unit][grid].kld for unit, grid in best.choices.items()), rel=1e-12)
 
 
 def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp_path):
