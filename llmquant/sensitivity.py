@@ -187,6 +187,13 @@ def _unit(name: str, layer: int | None, linears: Sequence[Linear]) -> Unit:
     return Unit(name, layer, tuple(x.name for x in linears), sum(x.weights for x in linears))
 
 
+def check_weights_only(recipe: Recipe, plan: Plan) -> None:
+    """Raise RecipeError when a recipe does more than round weights: nothing else is measured."""
+    if recipe.transforms or any(x.activations for x in plan.linears):
+        what = "transforms" if recipe.transforms else "activations"
+        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+
+
 @torch.no_grad()
 def measure(
     model: str | Path,
@@ -214,9 +221,7 @@ def measure(
     stream = Stream(checkpoint, run.device_of(device), trust_remote_code, weights=False)
     labels = grids_of(grids, recipe)
     own = run.plan_for(stream, recipe)
-    if recipe.transforms or any(x.activations for x in own.linears):
-        what = "transforms" if recipe.transforms else "activations"
-        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+    check_weights_only(recipe, own)
     units = units_of(own, by)
     plans = {label: run.plan_for(stream, uniform(recipe, units, label)) for label in labels}
     for label, plan in plans.items():

@@ -245,6 +245,46 @@ def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp
         budget.fill(model, chosen, by_linear, "5bpw", "mixed")
 
 
+def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windows, calibrated, texts, tmp_path):
+    changes = [*calibrated, "formats=[compressed_tensors]"]
+    found = measure(llama, windows, tmp_path, "gptq-w4g128", changes, by="layer", grids="3,8")
+    assert budget.fill(llama, recipe.load("gptq-w4g128", changes), found, "15bpw", "mixed").choices
+    for change, message in (
+        ("calibration.sequences=12", r"measured with calibration = .*'sequences': 16.* this recipe has .*12"),
+        (f"calibration.path={texts / 'evaluation.txt'}", r"measured with calibration = "),
+        ("transforms=[{name: awq}]", "^transforms: only the rounding of weights is measured"),
+        (
+            "rules=[{match: '*.q_proj', grid: {bits: 8, strategy: channel}, activations: {type: int8}}]",
+            "^activations: only the rounding of weights",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            budget.fill(llama, recipe.load("gptq-w4g128", [*changes, change]), found, "15bpw", "mixed")
+    # what does not read text is the same on any
+    plain = measure(llama, windows, tmp_path / "rtn", "rtn-w4g128", ["grid.group_size=32"], by="layer", grids="3,8")
+    text = [f"calibration.path={texts / 'calibration.txt'}", "grid.group_size=32"]
+    assert budget.fill(llama, recipe.load("rtn-w4g128", text), plain, "15bpw", "mixed").choices
+
+
+def test_a_budget_is_not_spent_by_what_was_measured_with_another_imatrix(llama, windows, texts, tmp_path):
+    path = tmp_path / "imatrix.gguf"
+    changes = [f"imatrix={path}", "mixture.name=q4_0"]
+
+    def write(sequences):
+        path.unlink(missing_ok=True)
+        api.imatrix(llama, texts / "calibration.txt", path, sequences=sequences, length=64)
+
+    write(4)
+    found = measure(llama, windows, tmp_path, "gguf-q4_k_s", changes, by="layer", grids="q4_0,q8_0")
+    chosen = recipe.load("gguf-q4_k_s", changes)
+    assert budget.fill(llama, chosen, found, "6bpw", "mixed").choices
+    write(5)
+    with pytest.raises(RecipeError, match=rf"measured with imatrix = {path}.* in which other numbers are"):
+        budget.fill(llama, chosen, found, "6bpw", "mixed")
+    with pytest.raises(RecipeError, match=rf"measured with imatrix = {path}, and this recipe has None\. Measure"):
+        budget.fill(llama, recipe.load("gguf-q4_k_s", changes[1:]), found, "6bpw", "mixed")
+
+
 def test_the_command_line_measures_and_spends(llama, texts, tmp_path, monkeypatch, capsys):
     from llmquant import cli
 
