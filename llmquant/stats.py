@@ -123,7 +123,7 @@ class _Values:
         self._bound = 1.0
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
-        for some in x.split(max(SAMPLE // x.shape[1], 1)):  # all at once would take several copies of x
+        for some in torch.split(x, max(SAMPLE // x.shape[1], 1)):  # all at once would take several copies of x
             if some.numel():
                 self._add(some.flatten())
 
