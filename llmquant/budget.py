@@ -22,7 +22,7 @@ from llmquant.errors import RecipeError
 from llmquant.patterns import patterns
 from llmquant.plan import Plan
 from llmquant.recipe import Recipe
-from llmquant.sensitivity import OWN, Sensitivity, grid_rule, uniform, units_of, with_rules
+from llmquant.sensitivity import OWN, Sensitivity, check_weights_only, grid_rule, uniform, units_of, with_rules
 from llmquant.stream import Stream
 
 UNITS = {
@@ -36,7 +36,7 @@ UNITS = {
 class Budgeted:
     """The recipe, what it makes, and what it is expected to cost.
 
-    choices: unit -> grid. kld: the sum of the units' divergences, nats a token.
+    choices: unit -> grid. kld: the sum of the units' measured divergences, nats a token.
     """
 
     recipe: Recipe
@@ -73,6 +73,7 @@ def fill(
     (format_,) = recipe.formats
     stream = Stream(run.load_float(model), torch.device("cpu"), trust, weights=False)
     own = run.plan_for(stream, recipe)
+    check_weights_only(recipe, own)
     units = units_of(own, found.by)
     table = found.table()
     grids = found.grids
@@ -97,8 +98,7 @@ def fill(
     for unit in units:
         of = {grid: sum(sizes[grid][name] for name in unit.linears) for grid in grids}
         labels.append(sorted(grids, key=lambda grid: (of[grid], table[unit.name][grid].kld)))
-        costs = knapsack.falling([table[unit.name][grid].kld for grid in labels[-1]])
-        options.append([(of[grid], cost) for grid, cost in zip(labels[-1], costs, strict=True)])
+        options.append([(of[grid], table[unit.name][grid].kld) for grid in labels[-1]])
 
     def planned(chosen: Sequence[int]) -> tuple[Recipe, Plan, dict[str, str]]:
         choices = {u.name: names[i] for u, names, i in zip(units, labels, chosen, strict=True)}
@@ -128,16 +128,26 @@ def fill(
 
 
 def _check_same(found: Sensitivity, now: Mapping[str, Any]) -> None:
-    """Raise RecipeError when the divergences are those of another model, algorithm or base of the grids."""
+    """Raise RecipeError when the divergences are those of another model, or of what another recipe does to it."""
     before = found.fingerprint
     if before["model"]["hash"] != now["model"]["hash"]:
         raise RecipeError(f"--sensitivity: was measured on other weights, those of {before['model']['folder']}")
-    for key in ("algorithm", "grid", *(["mixture"] if OWN in found.grids else [])):
-        if before["recipe"].get(key) != now["recipe"].get(key):
-            raise RecipeError(
-                f"--sensitivity: was measured with {key} = {before['recipe'].get(key)}, and this recipe has "
-                f"{now['recipe'].get(key)}. Measure again, in another folder."
-            )
+    keys = ["algorithm", "grid"]
+    if OWN in found.grids:
+        keys += ["mixture", "rules"]
+    if before["tokens"] is not None:
+        keys.append("calibration")
+    different = [key for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
+    if before["imatrix"] != now["imatrix"]:  # their contents: the files may have moved
+        different.append("imatrix")
+    if different:
+        key = different[0]
+        was, is_ = (of["recipe"].get(key) for of in (before, now))
+        raise RecipeError(
+            f"--sensitivity: was measured with {key} = {was}, and this recipe has {is_}"
+            + (", in which other numbers are" if was == is_ else "")
+            + ". Measure again, in another folder."
+        )
 
 
 def _rules(plan: Plan, recipe: Recipe, by_linear: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -185,17 +185,18 @@ def storable_scales(
 ) -> Float[Tensor, " cols"]:
     """Return the scales near ``scales`` whose fold leaves the weights of a norm numbers of ``dtype``.
 
-    So storing the norm rounds nothing: the columns of the site make up for it.
+    So storing the norm rounds nothing: the columns of the site make up for it. Nothing could make up for a weight
+    stored as 0 or infinity, so that column's scale is 1.
     """
     rows = producer_rows(layer, site)
     assert site.fold is not None
     if not site.fold.kind.startswith("norm"):
         return scales
     one = 1.0 if site.fold.kind == "norm_plus_one" else 0.0
-    weight = weight_of(layer.get_submodule(site.fold.module))[rows].double()
-    stored = ((weight + one) / scales - one).to(dtype).double() + one
-    exact = ((weight + one) / stored).to(scales.dtype)
-    return torch.where(torch.isfinite(exact) & (exact > 0), exact, scales)
+    weight = weight_of(layer.get_submodule(site.fold.module))[rows].double() + one
+    stored = (weight / scales - one).to(dtype).double() + one
+    exact = (weight / stored).to(scales.dtype)
+    return torch.where(weight == 0, scales, torch.where(torch.isfinite(exact) & (exact > 0), exact, 1))
 
 
 def score_linears(spec: ModelSpec) -> frozenset[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,8 +48,11 @@ class Source(Protocol):
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
-        """Yield each linear as pieces of some rows, in order, packed; take all of one before the next."""
+    ) -> Generator[Iterator[Tensor], None, None]:
+        """Yield each linear as pieces of some rows, in order, packed; take all of one before the next.
+
+        Close it where it is not taken to its end.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def check_tokenizer(formats: Iterable[str], tokenizer: Any, config: Any) -> None
 
 def file_bytes(plan: Plan, checkpoint: Checkpoint, format_: str, config: Any) -> int:
     """Return the size of the weights' files that ``write`` will make, to the byte; reads no weights.
+
+    Of bitsandbytes with double quantization, the most that they can have.
 
     config: the model's transformers configuration.
     """
@@ -98,7 +103,7 @@ class _Shapes(Checkpoint):
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor], None, None]:
         return (iter([pack(self.load(linear))]) for linear in linears)
 
 

@@ -51,22 +51,3 @@ def _thin(order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], room: int)
     place = sizes[order] * STATES // (room + 1)
     last: npt.NDArray[np.int64] = order[np.append(place[1:] != place[:-1], True)]
     return last
-
-
-def falling(costs: Sequence[float]) -> list[float]:
-    """Return the nearest sequence by least squares that never rises, by pooling neighbours that do.
-
-    Source: Barlow et al., "Statistical inference under order restrictions" (1972), pool adjacent violators.
-
-    >>> falling([3.0, 1.0, 2.0, 0.5])
-    [3.0, 1.5, 1.5, 0.5]
-    """
-    pools: list[tuple[float, int]] = []
-    for cost in costs:
-        mean, count = cost, 1
-        while pools and pools[-1][0] < mean:
-            before, others = pools.pop()
-            mean = (before * others + mean * count) / (others + count)
-            count += others
-        pools.append((mean, count))
-    return [mean for mean, count in pools for _ in range(count)]

@@ -184,41 +184,12 @@ def make(
             exporter.check_together({x.name: x.grid for x in linears if x.grid})
     planned = {x.weight_name for x in linears}
     kept = {name: info for name, info in infos.items() if name not in planned}
-    needs: list[Needs] = ["nothing"]
-    needs += [_needs(x.choice) for x in linears if x.choice and x.grid]
-    needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
-    static = any(x.static for x in linears)
-    most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
-    if recipe.imatrix is not None:
-        if recipe.transforms:
-            raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
-        if most == "hessian":
-            raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
-        if static:
-            raise RecipeError("imatrix: does not tell the ranges of activations. Leave out `imatrix`; text tells both")
-        most = "nothing"  # that the model's own activations must give
-    if static and most == "nothing":
-        most = "diagonal"
-    if most != "nothing" and recipe.calibration is None:
-        who = "static ranges of activations need" if static else "the algorithm needs"
-        raise RecipeError(f"calibration: missing, and {who} text. Add --set calibration.path=FILE.")
+    needs = _needs(recipe, linears)
     quantized = {x.name for x in linears if x.grid}
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
-    unfoldable: tuple[str, ...] = ()
-    if recipe.transforms:
-        used = [
-            site.name
-            for site in spec.sites
-            if any(f"{spec.layers}.{i}.{n}" in quantized for i in range(layers) for n in site.linears)
-        ]
-        unfoldable = tuple(name for name in used if name not in foldable)
-        if len(unfoldable) == len(used):
-            raise RecipeError(
-                f"transforms: nothing in this model's layers can absorb scales of {', '.join(used) or 'any site'}. "
-                "Leave out `transforms`"
-            )
+    unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.transforms else ()
     stored = {name: type_ for name, (type_, _) in types.items()}
-    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, most, unfoldable=unfoldable)
+    plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
     return replace(
@@ -306,9 +277,44 @@ def _calibrated(recipe: Recipe) -> bool:
     return needs != "nothing"
 
 
-def _needs(choice: Choice) -> Needs:
-    needs: Needs = plugins.load("algorithms", choice.algorithm, "algorithm").needs(choice.algorithm_config)
-    return needs
+def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
+    """Return what a run must learn from text; raise RecipeError when the recipe has none, or an imatrix instead."""
+    needs: list[Needs] = ["nothing"]
+    choices = [x.choice for x in linears if x.choice and x.grid]
+    needs += [plugins.load("algorithms", c.algorithm, "algorithm").needs(c.algorithm_config) for c in choices]
+    needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
+    static = any(x.static for x in linears)
+    most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
+    if recipe.imatrix is not None:
+        if recipe.transforms:
+            raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
+        if most == "hessian":
+            raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
+        if static:
+            raise RecipeError("imatrix: does not tell the ranges of activations. Leave out `imatrix`; text tells both")
+        return "nothing"  # that the model's own activations must give
+    if static and most == "nothing":
+        most = "diagonal"
+    if most != "nothing" and recipe.calibration is None:
+        who = "static ranges of activations need" if static else "the algorithm needs"
+        raise RecipeError(f"calibration: missing, and {who} text. Add --set calibration.path=FILE.")
+    return most
+
+
+def _unfoldable(spec: ModelSpec, layers: int, quantized: Collection[str], foldable: Collection[str]) -> tuple[str, ...]:
+    """Return the sites that transforms leave as they are; raise RecipeError when these are all."""
+    used = [
+        site.name
+        for site in spec.sites
+        if any(f"{spec.layers}.{i}.{n}" in quantized for i in range(layers) for n in site.linears)
+    ]
+    unfoldable = tuple(name for name in used if name not in foldable)
+    if len(unfoldable) == len(used):
+        raise RecipeError(
+            f"transforms: nothing in this model's layers can absorb scales of {', '.join(used) or 'any site'}. "
+            "Leave out `transforms`"
+        )
+    return unfoldable
 
 
 def placeholder(linear: Linear) -> QuantizedTensor:

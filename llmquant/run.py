@@ -7,7 +7,8 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -239,11 +240,13 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     stream = Stream(checkpoint, torch.device("cpu"), weights=False)
     plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
-    missing = [i for i in range(plan.layers) if not log.has(i)]
+    # a layer of which nothing is quantized may have no file
+    missing = [i for i in (*range(plan.layers), None) if not log.has(i) and any(x.grid for x in plan.of_layer(i))]
     if missing:
+        what = "what is outside the layers" if missing[0] is None else f"layer {missing[0]} of {plan.layers}"
         raise CheckpointError(
-            f"{folder}: layer {missing[0]} of {plan.layers} is not finished. Run `llmquant quantize` with the same "
-            f"settings and --work {folder} to go on."
+            f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
+            "to go on."
         )
     return plan, work.Transformed(checkpoint, log, plan.layers), stream.config, log
 
@@ -308,7 +311,7 @@ class Direct:
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor], None, None]:
         """Yield each linear as pieces of some rows, in order, packed; those of the next are begun before its end."""
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
@@ -327,8 +330,9 @@ class Direct:
             self._records[name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
 
         parts = (part for linear in linears for part in _parts(linear))
-        done = threads.side_by_side(lambda part: quantize(*part), parts)
-        return (taken(name, results) for name, results in itertools.groupby(done, key=itemgetter(0)))
+        with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:
+            for name, results in itertools.groupby(done, key=itemgetter(0)):
+                yield taken(name, results)
 
     def _stats(self, linear: Linear) -> Stats:
         known = self._importance.get(linear.weight_name)
@@ -467,7 +471,10 @@ def _rounding(linear: Linear) -> Rounding | None:
 def _round_floats(
     plan: Plan, stream: Stream, layer: nn.Module, index: int, modules: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values."""
+    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values.
+
+    Raises CalibrationError when that dtype cannot hold a value.
+    """
     quantized = {x.weight_name for x in plan.of_layer(index) if x.grid}
     floats = {}
     for module in dict.fromkeys(modules):
@@ -475,6 +482,12 @@ def _round_floats(
             name = f"{plan.spec.layers}.{index}.{module}.{local}"
             if name not in quantized:
                 floats[name] = parameter.to(stream.checkpoint.infos[name].dtype)
+                if not torch.isfinite(floats[name]).all():
+                    raise CalibrationError(
+                        f"{name}: with the scales of the transforms folded into it, it has values that "
+                        f"{floats[name].dtype} cannot hold: the largest is {float(parameter.abs().max()):g}. "
+                        "Leave out `transforms`, or use a model in bfloat16 or float32."
+                    )
     _put_floats(layer, plan, index, floats)
     return floats
 

@@ -187,6 +187,13 @@ def _unit(name: str, layer: int | None, linears: Sequence[Linear]) -> Unit:
     return Unit(name, layer, tuple(x.name for x in linears), sum(x.weights for x in linears))
 
 
+def check_weights_only(recipe: Recipe, plan: Plan) -> None:
+    """Raise RecipeError when a recipe does more than round weights: nothing else is measured."""
+    if recipe.transforms or any(x.activations for x in plan.linears):
+        what = "transforms" if recipe.transforms else "activations"
+        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+
+
 @torch.no_grad()
 def measure(
     model: str | Path,
@@ -214,15 +221,9 @@ def measure(
     stream = Stream(checkpoint, run.device_of(device), trust_remote_code, weights=False)
     labels = grids_of(grids, recipe)
     own = run.plan_for(stream, recipe)
-    if recipe.transforms or any(x.activations for x in own.linears):
-        what = "transforms" if recipe.transforms else "activations"
-        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+    check_weights_only(recipe, own)
     units = units_of(own, by)
-    plans = {label: run.plan_for(stream, uniform(recipe, units, label)) for label in labels}
-    for label, plan in plans.items():
-        left = next((x for u in units for x in plan.linears if x.name in u.linears and x.grid is None), None)
-        if left is not None:
-            raise RecipeError(f"grids: {label}: {left.name} would stay float: {left.note}. Leave this grid out")
+    plans = {label: _uniform_plan(stream, recipe, units, label) for label in labels}
     most = max((p.needs for p in plans.values()), key=("nothing", "diagonal", "hessian").index)
     text = None
     if most != "nothing":
@@ -246,14 +247,7 @@ def measure(
 
     def record(unit: Unit, label: str, result: Result) -> None:
         nonlocal done
-        assert result.kld_mean is not None
-        assert result.kld_error is not None
-        assert result.top1 is not None
-        linears = [plans[label].quantized[name] for name in unit.linears]
-        bits = sum(x.weights * x.grid.bits_per_weight for x in linears if x.grid) / unit.weights
-        # no divergence is negative; a sum of float32 can be, by its rounding
-        kld = max(result.kld_mean, 0.0)
-        log.add(Measured(unit.name, label, round(bits, 4), kld, result.kld_error, result.top1))
+        log.add(_measured(plans[label], unit, label, result))
         done += 1
         progress("measuring", done, len(todo))
 
@@ -275,13 +269,12 @@ def measure(
             stream.run(layer, index, held)
     for unit, label in [(unit, label) for unit, label in todo if unit.layer is None]:
         linear = plans[label].quantized[unit.linears[0]]
-        stats_here = Stats.none(linear.cols, stream.device)
+        stats_here = _importance(known, linear) or Stats.none(linear.cols, stream.device)
         if sample is not None and text is not None and not linear.lookup:
             stats_here = run.head_stats(stream, text.tokens, sample, replace(own, needs=most))
         weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
-        done_, _ = run.quantize_together([linear], [weight], _importance(known, linear) or stats_here)
-        module = stream.model.get_submodule(linear.name)
-        with _replaced({module: dequantize(done_[linear.name])}):
+        quantized, _ = run.quantize_together([linear], [weight], stats_here)
+        with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
             again = linear.lookup
             x = stream.start(windows.tokens) if again else held
             result = walk.score(Activations(list(x.batches), x.calls), 0 if again else stream.layers)
@@ -432,6 +425,25 @@ class _Log:
 def _plain(value: Any) -> str:
     """Return a text that is the same before and after a value has been in a JSON file."""
     return json.dumps(value, sort_keys=True)
+
+
+def _uniform_plan(stream: Stream, recipe: Recipe, units: Sequence[Unit], label: str) -> Plan:
+    """Return the plan with one grid for all units; raise RecipeError where one of them would stay float."""
+    plan = run.plan_for(stream, uniform(recipe, units, label))
+    left = next((x for u in units for x in plan.linears if x.name in u.linears and x.grid is None), None)
+    if left is not None:
+        raise RecipeError(f"grids: {label}: {left.name} would stay float: {left.note}. Leave this grid out")
+    return plan
+
+
+def _measured(plan: Plan, unit: Unit, label: str, result: Result) -> Measured:
+    assert result.kld_mean is not None
+    assert result.kld_error is not None
+    assert result.top1 is not None
+    linears = [plan.quantized[name] for name in unit.linears]
+    bits = sum(x.weights * x.grid.bits_per_weight for x in linears if x.grid) / unit.weights
+    # no divergence is negative; a sum of float32 can be, by its rounding
+    return Measured(unit.name, label, round(bits, 4), max(result.kld_mean, 0.0), result.kld_error, result.top1)
 
 
 def _starts_anew(plan: Plan, unit: Unit) -> bool:

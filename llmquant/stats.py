@@ -123,9 +123,11 @@ class _Values:
         self._bound = 1.0
 
     def add(self, x: Float[Tensor, "tokens cols"]) -> None:
-        x = x.flatten()
-        if not len(x):
-            return
+        for some in torch.split(x, max(SAMPLE // x.shape[1], 1)):  # all at once would take several copies of x
+            if some.numel():
+                self._add(some.flatten())
+
+    def _add(self, x: Float[Tensor, " values"]) -> None:
         draws = torch.rand(len(x), generator=self._generator, device=x.device)
         stay = draws < self._bound
         self._values = torch.cat([self._values, x[stay]])

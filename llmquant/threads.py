@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,12 +13,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """Yield ``work(item)`` of every item, in order, computed by as many threads as torch is told to use.
 
     Each of them runs torch's operations alone: threads that meet after every
     operation wait for the slowest each time. No more than three results a thread
-    wait to be taken.
+    wait to be taken. Close it where it is not taken to its end, so that torch has
+    its threads back.
     """
     threads = torch.get_num_threads()
     if threads < 2:

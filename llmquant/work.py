@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ class Work:
 
     def floats(self, layer: int) -> list[str]:
         """Return the full names of a layer's float tensors that transforms changed."""
+        if not self.has(layer):
+            return []
         with safe_open(self._path(layer), "pt") as file:
             return [name.removeprefix(FLOAT) for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
 
@@ -115,7 +117,7 @@ class Work:
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Iterator[Iterator[Tensor]]:
+    ) -> Generator[Iterator[Tensor], None, None]:
         """Yield each linear in one piece, packed."""
         return (iter([pack(self.load(linear))]) for linear in linears)
 

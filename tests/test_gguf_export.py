@@ -1,5 +1,6 @@
 """From a model folder to a GGUF file and back, beside what llama.cpp makes of the file."""
 
+import errno
 import hashlib
 
 import gguf
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from llmquant import api, demo, evaluation, gguf_file, imatrix, recipe, run
+from llmquant import api, checkpoint, demo, evaluation, gguf_file, imatrix, recipe, run
 from llmquant import plan as planning
 from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, OutputError, RecipeError
@@ -76,6 +77,23 @@ def test_threads_and_pieces_do_not_change_the_bytes(threads, piece, llama, tmp_p
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     assert written(tmp_path / "pieces") == whole
+
+
+def test_torch_has_its_threads_back_when_a_file_cannot_be_written(llama, tmp_path, monkeypatch):
+    def full(self):
+        if torch.get_num_threads() == 1:  # while matrices are quantized side by side
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Digest, "catch_up", full)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(OutputError, match="No space left") as error:
+            run.quantize(llama, recipe.Recipe(name="x", grid={"name": "q4_0"}, formats=["gguf"]), tmp_path / "out")
+        assert error.value.__context__.__traceback__  # it still holds every frame that it passed through
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_mixture_gives_the_types_of_the_plan(tmp_path):

@@ -319,6 +319,26 @@ def test_a_weight_of_zero_takes_any_scale():
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("key", "dtype", "scale"),
+    [("gemma3", torch.bfloat16, 5e3), ("llama", torch.float16, 1e9), ("llama", torch.float16, 1e-7)],
+)
+def test_a_norm_that_would_be_stored_as_zero_or_infinity_keeps_its_weight(key, dtype, scale):
+    model, spec = build(key)
+    model = copy.deepcopy(model).to(dtype).double()
+    layer, site = layers_of(model, spec)[0], spec.sites[0]
+    before = model(tokens(0)).logits
+    scales = torch.ones(32)
+    scales[3] = scale
+    storable = storable_scales(layer, site, scales, dtype)
+    fold_scales(layer, site, storable.double())
+    norm = layer.get_submodule(site.fold.module)
+    norm.weight.copy_(norm.weight.to(dtype))
+    torch.testing.assert_close(model(tokens(0)).logits, before, rtol=1e-4, atol=1e-5)
+    assert storable[3] == 1
+
+
 # as every family calls them; a linear that computes values too is listed with the others
 QUERIES_AND_KEYS = {
     "llama": {"self_attn.q_proj", "self_attn.k_proj"},

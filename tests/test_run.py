@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llmquant import api, demo, evaluation, memory, recipe, run
-from llmquant.errors import LlmquantError, OutputError, RecipeError
+from llmquant.errors import CheckpointError, LlmquantError, OutputError, RecipeError
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
 
@@ -81,6 +81,19 @@ def test_exporting_again_equals_quantizing_to_that_format(llama, calibrated, tmp
     direct = recipe.load("gptq-w4g128", [*calibrated, "formats=[compressed_tensors]"])
     run.quantize(llama, direct, tmp_path / "direct")
     assert files(tmp_path / "again") == files(tmp_path / "direct")
+
+
+@pytest.mark.parametrize("name", ["rtn-w4g128", "gptq-w4g128"])
+def test_exporting_again_needs_a_file_of_every_layer_but_those_that_stay_float(name, llama, calibrated, tmp_path):
+    work, changes = tmp_path / "work", [*calibrated, "ignore=['*.layers.1.*']"]
+    run.quantize(llama, recipe.load(name, [*changes, "formats=[gptq]"]), tmp_path / "gptq", work)
+    api.export(work, ["compressed_tensors"], tmp_path / "again")
+    run.quantize(llama, recipe.load(name, [*changes, "formats=[compressed_tensors]"]), tmp_path / "direct")
+    assert files(tmp_path / "again") == files(tmp_path / "direct")
+    for file, what in (("head", "what is outside the layers"), ("layer-00002", "layer 2 of 3")):
+        (work / f"{file}.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=f"{what} is not finished"):
+            api.export(work, ["compressed_tensors"], tmp_path / "none")
 
 
 def test_all_containers_of_one_run_decode_to_the_same_floats(llama, calibrated, tmp_path):

@@ -169,21 +169,6 @@ def test_a_knapsack_of_too_many_sizes_is_thinned_and_still_fits(monkeypatch):
     assert totals[0] < sum(cost[1] for cost in costs)
 
 
-@pytest.mark.parametrize("costs", [[3.0, 1.0, 2.0, 0.5], [1.0, 2.0, 3.0], [5.0, 4.0, 4.0, 0.0]])
-def test_pooled_costs_never_rise_and_are_nearest(costs):
-    pooled = knapsack.falling(costs)
-    assert all(a >= b for a, b in itertools.pairwise(pooled))
-    assert sum(pooled) == pytest.approx(sum(costs))
-    grid = [x / 4 for x in range(25)]
-
-    def distance(candidate):
-        return sum((a - b) ** 2 for a, b in zip(candidate, costs, strict=True))
-
-    others = itertools.product(grid, repeat=len(costs))
-    best = min(distance(c) for c in others if all(a >= b for a, b in itertools.pairwise(c)))
-    assert distance(pooled) <= best + 1e-12
-
-
 GROUPS = ["grid.group_size=32", "grid.symmetric=false"]
 
 
@@ -223,6 +208,27 @@ def test_a_budget_is_kept_to_the_byte_by_the_written_files(name, changes, measur
             api.budget(llama, name, f"{outside}B", folder / "sensitivity.json", path, changes=changes)
 
 
+def test_a_bad_grid_of_the_same_size_does_not_spoil_a_good_one(llama, mixture):
+    _, found = mixture
+    like = {"q5_0": ("q4_0", 1.0), "mxfp4": ("q4_0", 4.0), "iq4_nl": ("q4_0", 1.5), "q8_0": ("q8_0", 1.0)}
+    table = found.table()
+    made_up = [
+        dataclasses.replace(table[unit.name][old], grid=new, kld=times * (i + 1) * (1e-3 if old == "q4_0" else 1e-5))
+        for i, unit in enumerate(found.units)
+        for new, (old, times) in {"q4_0": ("q4_0", 1.6), **like}.items()
+    ]
+    wide, narrow = (
+        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids))
+        for grids in ({*like, "q4_0"}, {"iq4_nl", "q5_0", "q8_0"})
+    )
+    base = recipe.load("gguf-q4_k_s")
+    best, same = (budget.fill(llama, base, some, "6bpw", "x") for some in (wide, narrow))
+    assert best.choices == same.choices
+    assert set(best.choices.values()) == {"iq4_nl", "q5_0", "q8_0"}
+    measured = wide.table()
+    assert best.kld == pytest.approx(sum(measured[unit][grid].kld for unit, grid in best.choices.items()), rel=1e-12)
+
+
 def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp_path):
     found = measure(llama, windows, tmp_path, "rtn-w4g128", ["grid.group_size=32"], by="layer", grids="3,4,8")
     model, chosen = llama, recipe.load("rtn-w4g128", ["grid.group_size=32"])
@@ -237,6 +243,46 @@ def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp
     by_linear = dataclasses.replace(found, by="linear")
     with pytest.raises(RecipeError, match="have 21"):
         budget.fill(model, chosen, by_linear, "5bpw", "mixed")
+
+
+def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windows, calibrated, texts, tmp_path):
+    changes = [*calibrated, "formats=[compressed_tensors]"]
+    found = measure(llama, windows, tmp_path, "gptq-w4g128", changes, by="layer", grids="3,8")
+    assert budget.fill(llama, recipe.load("gptq-w4g128", changes), found, "15bpw", "mixed").choices
+    for change, message in (
+        ("calibration.sequences=12", r"measured with calibration = .*'sequences': 16.* this recipe has .*12"),
+        (f"calibration.path={texts / 'evaluation.txt'}", r"measured with calibration = "),
+        ("transforms=[{name: awq}]", "^transforms: only the rounding of weights is measured"),
+        (
+            "rules=[{match: '*.q_proj', grid: {bits: 8, strategy: channel}, activations: {type: int8}}]",
+            "^activations: only the rounding of weights",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            budget.fill(llama, recipe.load("gptq-w4g128", [*changes, change]), found, "15bpw", "mixed")
+    # what does not read text is the same on any
+    plain = measure(llama, windows, tmp_path / "rtn", "rtn-w4g128", ["grid.group_size=32"], by="layer", grids="3,8")
+    text = [f"calibration.path={texts / 'calibration.txt'}", "grid.group_size=32"]
+    assert budget.fill(llama, recipe.load("rtn-w4g128", text), plain, "15bpw", "mixed").choices
+
+
+def test_a_budget_is_not_spent_by_what_was_measured_with_another_imatrix(llama, windows, texts, tmp_path):
+    path = tmp_path / "imatrix.gguf"
+    changes = [f"imatrix={path}", "mixture.name=q4_0"]
+
+    def write(sequences):
+        path.unlink(missing_ok=True)
+        api.imatrix(llama, texts / "calibration.txt", path, sequences=sequences, length=64)
+
+    write(4)
+    found = measure(llama, windows, tmp_path, "gguf-q4_k_s", changes, by="layer", grids="q4_0,q8_0")
+    chosen = recipe.load("gguf-q4_k_s", changes)
+    assert budget.fill(llama, chosen, found, "6bpw", "mixed").choices
+    write(5)
+    with pytest.raises(RecipeError, match=rf"measured with imatrix = {path}.* in which other numbers are"):
+        budget.fill(llama, chosen, found, "6bpw", "mixed")
+    with pytest.raises(RecipeError, match=rf"measured with imatrix = {path}, and this recipe has None\. Measure"):
+        budget.fill(llama, recipe.load("gguf-q4_k_s", changes[1:]), found, "6bpw", "mixed")
 
 
 def test_the_command_line_measures_and_spends(llama, texts, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from llmquant.stats import BLOCK, SAMPLE, Accumulator, Stats
+from llmquant.stats import BLOCK, SAMPLE, Accumulator, Stats, _Values
 
 
 def tokens(n, cols, seed=0):
@@ -102,6 +104,32 @@ def test_a_sample_of_many_values_is_bounded_and_fair_to_early_and_late_ones(part
 def test_the_same_batches_give_the_same_sample():
     batches = torch.arange(2.0 * SAMPLE).view(-1, 64).split(1000)
     assert torch.equal(sampled(batches), sampled(batches))
+
+
+def test_how_many_tokens_come_together_does_not_change_the_sample():
+    x = torch.arange(2.0 * SAMPLE).view(-1, 64)
+    assert torch.equal(sampled([x]).sort().values, sampled(x.split(77)).sort().values)
+
+
+class Made(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        made = operation(*arguments, **(options or {}))
+        if not operation.is_view:
+            self.numel = max([self.numel, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        return made
+
+
+def test_a_sample_is_drawn_without_copies_of_all_activations():
+    x = tokens(16 * SAMPLE // 64, 64)
+    values = _Values("cpu")
+    with Made() as made:
+        values.add(x)
+    assert len(values.result()) == SAMPLE + 2
+    assert made.numel <= 2 * SAMPLE
 
 
 def test_no_sample_is_kept_unless_asked_for():

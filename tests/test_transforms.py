@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from llmquant import api, plugins, recipe, run
 from llmquant.algorithms import gptq, rtn
-from llmquant.errors import RecipeError
+from llmquant.errors import CalibrationError, RecipeError
 from llmquant.grid import dequantize
 from llmquant.grids import affine, q4_k
 from llmquant.packed import open_model
@@ -330,6 +330,14 @@ def test_a_linear_that_stays_float_is_scaled_with_its_site(tiny, small, tmp_path
     assert not torch.equal(open_model(tmp_path / "out").read(name), open_model(tiny).read(name))
     wanted = logits(tiny, some_tokens(), tiny)
     assert (logits(tmp_path / "out", some_tokens(), tiny) - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+def test_a_fold_that_the_dtype_cannot_hold_is_refused(save_model, small, tmp_path, monkeypatch):
+    source = save_model(tmp_path / "model", llama_of(64, 1), torch.float16)
+    changes = [*small, "transforms=[{name: smoothquant, sites: all}]", "rules=[{match: '*.up_proj', keep: true}]"]
+    monkeypatch.setattr(smoothquant, "_factors", lambda site, alpha: torch.full_like(site.stats.abs_mean, 1e-7))
+    with pytest.raises(CalibrationError, match=r"mlp\.up_proj\.weight: .* torch\.float16 cannot hold"):
+        run.quantize(source, recipe.load("awq-w3g128", changes), tmp_path / "out")
 
 
 def test_transforms_are_applied_one_after_the_other(tiny, small, tmp_path):

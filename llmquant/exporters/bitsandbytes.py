@@ -12,8 +12,8 @@ A linear of ``rows`` outputs and ``cols`` inputs, n = rows * cols weights in blo
 
 and ``weight = quant_map[code] * absmax``, rounded to dtype, where a nested absmax is
 ``nested_quant_map[code] * nested_absmax + nested_offset``. A file may keep the codes' bytes in another dtype
-(`bnb_4bit_quant_storage`). The JSON text's length depends on the offset's digits, so that sizes that are known
-beforehand may differ by some bytes a linear.
+(`bnb_4bit_quant_storage`). The JSON text's length depends on the offset's digits, which only the weights tell: sizes
+that are known beforehand count the most that it can have, so that a file may be some bytes a linear smaller.
 
 Source: bitsandbytes 0.50, `QuantState` in functional.py and backends/default/ops.py; transformers 5.23,
 `BitsAndBytesConfig`. Readers: transformers, peft, vLLM.
@@ -41,7 +41,7 @@ CONV1D = True  # readers put a linear module in its place
 STATE = "weight.quant_state.bitsandbytes__"
 PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-USUAL_OFFSET = 0.10000000149011612  # a float32 with as many digits as most
+LONGEST_OFFSET = 6.4000000747910235e-06  # no positive float32 has more characters
 
 
 def check(grid: Grid, rows: int, cols: int) -> None:
@@ -81,7 +81,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
         state |= {
             "nested_blocksize": blockwise.NESTED,
             "nested_dtype": "float32",
-            "nested_offset": USUAL_OFFSET if offset.is_meta else offset.item(),
+            "nested_offset": LONGEST_OFFSET if offset.is_meta else offset.item(),
         }
         tensors["weight.nested_absmax"] = q.params["nested_absmax"].flatten()[:: blockwise.NESTED].contiguous()
         tensors["weight.nested_quant_map"] = blockwise.DYNAMIC.clone()

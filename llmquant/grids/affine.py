@@ -22,6 +22,11 @@ from llmquant.grid import Params
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def stored_dtype(scale_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a setting ``scale_dtype`` means for a model in ``dtype``: "auto" is its own 16 bits, or float16."""
+    return DTYPES.get(scale_dtype, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+
+
 @dataclass(frozen=True)
 class Config:
     """Integer groups: a step and a zero point for every ``group_size`` columns.
@@ -67,8 +72,8 @@ class Config:
                 + "one scale a row (strategy: channel), by a rule, or set `fallback: substitute` (that) or `keep`"
             )
         group = self.group_size if self.strategy == "group" else cols
-        stored = DTYPES.get(self.scale_dtype, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
-        return Affine(self, group, stored, weights_per_scale=rows * cols if self.strategy == "tensor" else group)
+        weights_per_scale = rows * cols if self.strategy == "tensor" else group
+        return Affine(self, group, stored_dtype(self.scale_dtype, dtype), weights_per_scale)
 
     def substitute(self) -> tuple[str, Config]:
         """Return what stands in for a shape that ``bind`` refuses: one scale a row."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant import ranges
 from llmquant.grid import Params
-from llmquant.grids.affine import DTYPES
+from llmquant.grids.affine import stored_dtype
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Config:
 
     def bind(self, rows: int, cols: int, dtype: torch.dtype) -> Fp8:
         """Return the grid for weights [rows, cols] of a model in ``dtype``; any shape will do."""
-        stored = DTYPES.get(self.scale_dtype, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
-        return Fp8(self, cols, stored, weights_per_scale=rows * cols if self.strategy == "tensor" else cols)
+        weights_per_scale = rows * cols if self.strategy == "tensor" else cols
+        return Fp8(self, cols, stored_dtype(self.scale_dtype, dtype), weights_per_scale)
 
 
 @dataclass(frozen=True)

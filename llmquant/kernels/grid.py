@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, UInt8
@@ -26,8 +28,8 @@ def nearest(
     flat = [x.contiguous().view(-1).numpy() for x in (w, scale, offset, codes)]
     each = w.numel() // max(scale.numel(), 1)
     even = _even(levels)
-    work = _nearest_even if even and each % LANES == 0 else _nearest
-    shared_out(lambda start, stop: work(levels, even, each, start, stop, *flat), scale.numel(), LEAST // each + 1)
+    work = partial(_nearest_even, levels) if even and each % LANES == 0 else partial(_nearest, levels, even)
+    shared_out(lambda start, stop: work(each, start, stop, *flat), scale.numel(), LEAST // each + 1)
     return codes
 
 
@@ -69,7 +71,7 @@ def _nearest(
 
 @compiled(fused=True)
 def _nearest_even(
-    table: Array, even: bool, each: int, start: int, stop: int, w: Array, scale: Array, offset: Array, codes: Array
+    table: Array, each: int, start: int, stop: int, w: Array, scale: Array, offset: Array, codes: Array
 ) -> None:
     first, top = (table[0] + table[1]) / TWO, np.float32(len(table) - 1)
     inverse, shift = np.empty(RUN, np.float32), np.empty(RUN, np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,9 +146,7 @@ def write(
     linears = {x.weight_name: x for x in plan.linears}
     layout, tensors, metadata = _contents(plan, checkpoint, config)
 
-    def data() -> Iterator[Iterable[Tensor]]:
-        quantized = [x for x in (linears.get(entry.source) for entry in layout.entries) if x and x.grid]
-        blocks = source.pieces(quantized, lambda q: pack(q)[""].cpu())
+    def data(blocks: Iterator[Iterator[Tensor]]) -> Iterator[Iterable[Tensor]]:
         for i, entry in enumerate(layout.entries):
             tell(i, len(tensors))
             linear = linears.get(entry.source)
@@ -161,7 +160,11 @@ def write(
         tell(len(tensors), len(tensors))
 
     name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
-    files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(), plan.recipe.shard_bytes or 0)
+    quantized = [x for x in (linears.get(entry.source) for entry in layout.entries) if x and x.grid]
+    # closed as soon as writing fails, not when the exception is dropped: until then torch has one thread
+    with closing(source.pieces(quantized, lambda q: pack(q)[""].cpu())) as blocks:
+        split = plan.recipe.shard_bytes or 0
+        files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(blocks), split)
     return {path.name: digest for path, digest in files.items()}
 
 
