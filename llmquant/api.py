@@ -24,9 +24,10 @@ from llmquant.checkpoint import check_output, locate, write_json
 from llmquant.errors import DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
 from llmquant.plan import Plan
+from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.recipe import Recipe
-from llmquant.run import Progress, Report, silent
+from llmquant.run import Report
 from llmquant.sensitivity import Cost, Sensitivity
 
 Text = str | Path | data.TextSource

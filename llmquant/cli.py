@@ -22,7 +22,7 @@ from llmquant.errors import LlmquantError, OutputError, RecipeError
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
     from llmquant.plan import Plan
-    from llmquant.run import Progress as Tell
+    from llmquant.progress import Progress as Tell
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 out, err = Console(), Console(stderr=True)

@@ -24,8 +24,9 @@ from llmquant.errors import CheckpointError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.metrics import Scores
 from llmquant.packed import open_model
+from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
-from llmquant.run import Progress, device_of, silent
+from llmquant.run import device_of
 from llmquant.stream import Stream
 
 WIKITEXT2 = data.TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test")

@@ -30,13 +30,12 @@ TOKENS = 8192  # that gradients are taken of
 SHRINK = 0.1  # of F towards a multiple of the identity: no text has all tokens, and rare ones have gradients too
 
 
-def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], seed: int = 0) -> Stats:
+def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], also_head: bool, seed: int = 0) -> Stats:
     """Return the statistics with which an algorithm rounds the embedding's rows: the Fisher information as Hessian.
 
-    Where the embedding is the output matrix too, what that use costs is added: E[(1 - sum(p²)) h hᵀ] of the
-    activations h that it reads and the probabilities p that it gives, as an error z of a logit with the probability
-    p costs p (1 - p) z² / 2.
-
+    also_head: the embedding is the output matrix too. What that use costs is added: E[(1 - sum(p²)) h hᵀ] of the
+        activations h that it reads and the probabilities p that it gives, as an error z of a logit with the
+        probability p costs p (1 - p) z² / 2.
     tokens: the first ``TOKENS`` of them are used. The float model computes them forth and back, as many sequences at
         a time as there is memory for what every layer reads.
     """
@@ -48,7 +47,8 @@ def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], seed:
     for part in torch.split(tokens, max(at_once, 1)):
         for of_embedding, of_head in _gradients(stream, part, generator):
             total.addmm_(of_embedding.T, of_embedding)
-            total.addmm_(of_head.T, of_head)
+            if also_head:
+                total.addmm_(of_head.T, of_head)
     fisher = total / tokens.numel()
     fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
     square_mean = fisher.diagonal().clone()
@@ -57,8 +57,8 @@ def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], seed:
 
 def _gradients(
     stream: Stream, tokens: Int[Tensor, "sequences time"], generator: torch.Generator
-) -> Iterator[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "_tokens hidden"]]]:
-    """Yield for each batch its gradients at the embedding, and what a tied output matrix reads, weighted."""
+) -> Iterator[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]]:
+    """Yield for each batch its gradients at the embedding, and what the output matrix reads, weighted."""
     activations = stream.start(tokens)
     read = []  # by every layer, batch by batch
     for index in range(stream.layers):
@@ -90,8 +90,8 @@ def _at_the_end(
     tokens: Int[Tensor, "sequences time"],
     x: Float[Tensor, "sequences time hidden"],
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "sequences time hidden"], Float[Tensor, "_tokens hidden"]]:
-    """Return the gradient at the last layer's output, and what a tied output matrix reads, weighted."""
+) -> tuple[Float[Tensor, "sequences time hidden"], Float[Tensor, "tokens hidden"]]:
+    """Return the gradient at the last layer's output, and what the output matrix reads, weighted."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = calibrate.finish(stream.model, stream.spec, tokens, x)
@@ -99,8 +99,6 @@ def _at_the_end(
         p = log_p.detach().exp()
         drawn = torch.multinomial(p, 1, generator=generator)
         (gradient,) = torch.autograd.grad(log_p.gather(1, drawn).sum(), x)
-    if not stream.tied:
-        return gradient, p.new_empty(0, x.shape[-1])
     read = stream.before_head(tokens, x.detach()).flatten(0, 1).float()
     return gradient, read * (1 - p.square().sum(1, keepdim=True)).sqrt()
 

@@ -49,6 +49,11 @@ class Linear:
         return f"{self.name}.weight"
 
     @property
+    def part(self) -> int | str:
+        """What is finished and kept together with it: its layer, or it alone."""
+        return self.name if self.layer is None else self.layer
+
+    @property
     def activations(self) -> ActivationScheme | None:
         """What its inputs are rounded to, if they are."""
         return self.choice.activations if self.grid and self.choice else None
@@ -88,6 +93,14 @@ class Plan:
     @property
     def quantized(self) -> dict[str, Linear]:
         return {x.name: x for x in self.linears if x.grid is not None}
+
+    @property
+    def parts(self) -> dict[int | str, list[Linear]]:
+        """The quantized linears by what is finished together."""
+        found: dict[int | str, list[Linear]] = {}
+        for linear in self.quantized.values():
+            found.setdefault(linear.part, []).append(linear)
+        return found
 
     @property
     def notes(self) -> list[str]:
@@ -231,7 +244,7 @@ def _linear(
         return Linear(name, layer, rows, cols, info.dtype, None, None, note, lookup)
     if choice.grid != type_:  # by a rule
         note = ""
-    if lookup:
+    if lookup and needs_of(choice) == "diagonal":  # of activations, which it has none of
         choice = recipe.of_type(choice.grid, {"name": "rtn"}) or choice
     try:
         try:
@@ -277,17 +290,25 @@ def _calibrated(recipe: Recipe) -> bool:
     return needs != "nothing"
 
 
+def needs_of(choice: Choice) -> Needs:
+    """Return what a linear's algorithm wants to know."""
+    needs: Needs = plugins.load("algorithms", choice.algorithm, "algorithm").needs(choice.algorithm_config)
+    return needs
+
+
 def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
     """Return what a run must learn from text; raise RecipeError when the recipe has none, or an imatrix instead."""
     needs: list[Needs] = ["nothing"]
-    choices = [x.choice for x in linears if x.choice and x.grid]
-    needs += [plugins.load("algorithms", c.algorithm, "algorithm").needs(c.algorithm_config) for c in choices]
+    needs += [needs_of(x.choice) for x in linears if x.choice and x.grid]
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
+    needs += ["hessian"] if recipe.mismatch_correction else []
     static = any(x.static for x in linears)
     most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
     if recipe.imatrix is not None:
         if recipe.transforms:
             raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
+        if recipe.mismatch_correction:
+            raise RecipeError("imatrix: a mismatch is corrected on text. Leave out `imatrix`")
         if most == "hessian":
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
         if static:

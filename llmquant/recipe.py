@@ -92,6 +92,8 @@ class Recipe(BaseModel):
     imatrix: llama.cpp's file of how large the activations of each column are, for algorithms that need no more.
     true_sequential: let every site of a layer see the rounding of the sites before it in the same layer.
         Off: it sees that of the layers before it.
+    mismatch_correction: let every linear make up for the rounding of those before it as far as that carries over to
+        text it was not fitted on.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
     max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
@@ -112,6 +114,7 @@ class Recipe(BaseModel):
     calibration: Calibration | None = None
     imatrix: Path | None = None
     true_sequential: bool = True
+    mismatch_correction: bool = False
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
     max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)

@@ -7,7 +7,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
@@ -15,31 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import llmquant
-from llmquant import activations as activation_ranges
-from llmquant import calibrate, data, export, memory, noise, plugins, recipe, threads, work
+from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, threads, work
 from llmquant import plan as planning
-from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CalibrationError, CheckpointError, LlmquantError
-from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
-from llmquant.metrics import output_error
+from llmquant.errors import CheckpointError, LlmquantError
+from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
 from llmquant.plan import Linear, Plan
+from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
-from llmquant.stats import Accumulator, Sample, Stats
-from llmquant.stream import Activations, Stream
-from llmquant.transform import Rounding, Scales, SiteView
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+from llmquant.stats import Accumulator, Stats
+from llmquant.stream import Stream
 
 
 @dataclass
@@ -171,7 +161,7 @@ def quantize(
         if text is None:
             direct.save(source, progress)
         else:
-            _quantize_layers(plan, stream, source, text.tokens, progress)
+            layers.quantize_layers(plan, stream, source, text.tokens, progress)
             checkpoint = work.Transformed(checkpoint, source, plan.layers)
     report = Report(
         model=str(model),
@@ -241,9 +231,9 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
     # a layer of which nothing is quantized may have no file
-    missing = [i for i in (*range(plan.layers), None) if not log.has(i) and any(x.grid for x in plan.of_layer(i))]
+    missing = [part for part in plan.parts if not log.has(part)]
     if missing:
-        what = "what is outside the layers" if missing[0] is None else f"layer {missing[0]} of {plan.layers}"
+        what = missing[0] if isinstance(missing[0], str) else f"layer {missing[0]} of {plan.layers}"
         raise CheckpointError(
             f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
             "to go on."
@@ -295,17 +285,18 @@ class Direct:
 
     def save(self, log: work.Work, progress: Progress) -> None:
         """Quantize all linears into a work folder."""
-        for index in [*range(self._plan.layers), None]:
-            linears = [x for x in self._plan.of_layer(index) if x.grid]
-            if linears and not log.has(index):
+        parts = self._plan.parts
+        for i, (part, linears) in enumerate(parts.items()):
+            progress("quantizing", i, len(parts))
+            if not log.has(part):
                 done = {x.name: self.load(x) for x in linears}
-                log.save(index, done, {name: self._records[name] for name in done})
-            progress("quantizing layers", self._plan.layers if index is None else index, self._plan.layers)
+                log.save(part, done, {name: self._records[name] for name in done})
+        progress("quantizing", len(parts), len(parts))
 
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records = quantize_together([linear], [weight], self._stats(linear))
+        done, records = layers.quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -316,7 +307,7 @@ class Direct:
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
             weight = self._weight(part, start, start + part.rows)
-            done, told = quantize_together([part], [weight], self._stats(part))
+            done, told = layers.quantize_together([part], [weight], self._stats(part))
             return part.name, pack(done[part.name]), part.rows, told[part.name]
 
         def taken(name: str, results: Iterable[tuple[str, Tensor, int, dict[str, Any]]]) -> Iterator[Tensor]:
@@ -366,298 +357,3 @@ def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:
     edges = [linear.rows * i // count for i in range(count + 1)]
     for start, stop in itertools.pairwise(edges):
         yield replace(linear, rows=stop - start), start
-
-
-@torch.no_grad()
-def _quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
-    activations = stream.start(tokens)
-    outside = [x for x in plan.of_layer(None) if x.grid]
-    heads = [x for x in outside if not x.lookup]
-    for index in range(plan.layers):
-        progress("quantizing layers", index, plan.layers)
-        last = index == plan.layers - 1 and not heads
-        if log.has(index) and last:
-            continue
-        with stream.layer(index) as layer:
-            if log.has(index):
-                rounding: dict[str, Inputs] = {}
-                for linear in plan.of_layer(index):
-                    if linear.grid is not None:
-                        _put(layer, plan, linear, log.load(linear), rounding)
-                _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
-                with calibrate.rounded(layer, plan.spec.sites, rounding):
-                    stream.run(layer, index, activations)
-            else:
-                told: dict[str, Any] = {}
-                floats: dict[str, Tensor] = {}
-                if plan.recipe.transforms:
-                    floats, told = _transform_layer(plan, stream, layer, index, activations)
-                done, records = _quantize_layer(plan, stream, layer, index, activations, not last)
-                log.save(index, done, {name: record | told.get(name, {}) for name, record in records.items()}, floats)
-    if outside and not log.has(None):
-        done, records = {}, {}
-        for linear in outside:
-            if linear.lookup:
-                weight, stats = stream.embedding_weight(), Stats.none(linear.cols, stream.device)
-            else:
-                weight, stats = stream.head_weight(), head_stats(stream, tokens, activations, plan)
-            quantized, told = quantize_together([linear], [weight], stats)
-            done |= quantized
-            records |= told
-        log.save(None, done, records)
-    progress("quantizing layers", plan.layers, plan.layers)
-
-
-def _transform_layer(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fold what the transforms find into a layer; return the changed tensors that stay float, and records by linear.
-
-    All sites are searched on the layer while it is float, and before any of its
-    linears is quantized: a fold changes the linear that feeds the site too.
-    """
-    sites = [
-        s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
-    ]
-    sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site)) for site in sites}
-    samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
-
-    def see(site: Site, x: Tensor) -> None:
-        sums[site.name].add(x)
-        samples[site.name].add(x)
-
-    with calibrate.watch(layer, sites, see):
-        stream.run(layer, index, activations, keep=False)
-    stats = {site.name: sums[site.name].result() for site in sites}
-    inputs = {site.name: samples[site.name].result() for site in sites}
-    records: dict[str, Any] = {}
-    changed: list[str] = []
-    for name, config in plan.recipe.rewrites:
-        transform = plugins.load("transforms", name, "transforms")
-        for site in sites:
-            assert site.fold is not None
-            linears = plan.of_layer(index, site)
-            view = SiteView(
-                tuple(calibrate.weight_of(layer.get_submodule(local)).float() for local in site.linears),
-                tuple(map(_rounding, linears)),
-                stats[site.name],
-                inputs[site.name],
-                calibrate.producer_rows(layer, site),
-                site.fold.kind.startswith("norm"),
-            )
-            try:
-                found: Scales = transform.search(view, config)
-            except LlmquantError as error:
-                raise type(error)(f"{linears[0].weight_name}: {error}") from None
-            for linear in linears:
-                records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
-            if bool((found.factors == 1).all()):
-                continue
-            dtype = stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
-            factors = calibrate.storable_scales(layer, site, found.factors, dtype)
-            calibrate.fold_scales(layer, site, factors)
-            stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
-            changed += [site.fold.module, *site.linears]
-    return _round_floats(plan, stream, layer, index, changed), records
-
-
-def _rounding(linear: Linear) -> Rounding | None:
-    if linear.grid is None or linear.choice is None:
-        return None
-    algorithm = plugins.load("algorithms", linear.choice.algorithm, "algorithm")
-    return Rounding(linear.grid, algorithm, linear.choice.algorithm_config)
-
-
-def _round_floats(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, modules: Sequence[str]
-) -> dict[str, Tensor]:
-    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values.
-
-    Raises CalibrationError when that dtype cannot hold a value.
-    """
-    quantized = {x.weight_name for x in plan.of_layer(index) if x.grid}
-    floats = {}
-    for module in dict.fromkeys(modules):
-        for local, parameter in layer.get_submodule(module).named_parameters():
-            name = f"{plan.spec.layers}.{index}.{module}.{local}"
-            if name not in quantized:
-                floats[name] = parameter.to(stream.checkpoint.infos[name].dtype)
-                if not torch.isfinite(floats[name]).all():
-                    raise CalibrationError(
-                        f"{name}: with the scales of the transforms folded into it, it has values that "
-                        f"{floats[name].dtype} cannot hold: the largest is {float(parameter.abs().max()):g}. "
-                        "Leave out `transforms`, or use a model in bfloat16 or float32."
-                    )
-    _put_floats(layer, plan, index, floats)
-    return floats
-
-
-def _put_floats(layer: nn.Module, plan: Plan, index: int, floats: Mapping[str, Tensor]) -> None:
-    for name, value in floats.items():
-        layer.get_parameter(name.removeprefix(f"{plan.spec.layers}.{index}.")).copy_(value)
-
-
-def _quantize_layer(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations, go_on: bool
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
-
-    A site's statistics are those of its inputs as the quantized layers before it
-    make them, with ``true_sequential`` also the quantized sites before it in the
-    layer. Then, if memory allows, the layer is computed once for all: every
-    batch waits at a site until it is quantized. Otherwise one pass for each site
-    sees the same activations.
-    """
-    done: dict[str, QuantizedTensor] = {}
-    records: dict[str, Any] = {}
-    rounding: dict[str, Inputs] = {}
-    sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
-    scores = calibrate.score_linears(plan.spec)
-
-    def quantize_site(site: Site, stats: Stats) -> None:
-        linears = [x for x in plan.of_layer(index, site) if x.grid]
-        weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
-        uncut = [x.name for x in linears if _local(plan, x) in scores]
-        quantized, told = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
-        for linear in linears:
-            _put(layer, plan, linear, quantized[linear.name], rounding)
-        done.update(quantized)
-        records.update(told)
-
-    with calibrate.stepwise(layer, sites) as begin, calibrate.rounded(layer, sites, rounding):
-        if plan.recipe.true_sequential and plan.waiting_bytes < memory.available_bytes(stream.device) / 2:
-            running = [begin(x, activations.call(x, index)) for x in activations.batches]
-            for _ in sites:
-                stops = [next(steps) for steps in running]
-                reached = stops[0][0]
-                assert reached is not None
-                sums = _accumulator(plan, stream, plan.of_layer(index, reached))
-                for _, seen in stops:
-                    sums.add(seen)
-                quantize_site(reached, sums.result())
-            if go_on:
-                activations.batches = [next(steps)[1] for steps in running]
-            return done, records
-        for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
-            wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s)) for s in together}
-            for x in activations.batches:
-                steps = begin(x, activations.call(x, index))
-                for _, (reached, seen) in zip(sites[: sites.index(together[-1]) + 1], steps, strict=False):
-                    if reached is not None and reached.name in wanted:
-                        wanted[reached.name].add(seen)
-                steps.close()
-            for site in together:
-                quantize_site(site, wanted[site.name].result())
-    if go_on:
-        with calibrate.rounded(layer, sites, rounding):
-            stream.run(layer, index, activations)
-    return done, records
-
-
-def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear]) -> Accumulator:
-    return Accumulator(linears[0].cols, plan.needs, stream.device, sample=any(x.static for x in linears))
-
-
-def head_stats(stream: Stream, tokens: Tensor, activations: Activations, plan: Plan) -> Stats:
-    """Return the statistics of what the output matrix reads."""
-    sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup])
-    at = 0
-    for x in activations.batches:
-        sums.add(stream.before_head(tokens[at : at + len(x)], x).flatten(0, 1))
-        at += len(x)
-    return sums.result()
-
-
-def quantize_together(
-    linears: Sequence[Linear],
-    weights: Sequence[Tensor],
-    stats: Stats,
-    rewrites: Sequence[tuple[str, Any]] = (),
-    uncut: Collection[str] = (),
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Quantize linears that read the same activations.
-
-    Those with the same grid and algorithm are stacked and quantized as one
-    matrix: rows do not influence each other, and the work on the Hessian is shared.
-
-    rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
-    """
-    done: dict[str, QuantizedTensor] = {}
-    records: dict[str, Any] = {}
-    rest = list(zip(linears, weights, strict=True))
-    while rest:
-        first = rest[0][0]
-        grid, choice = first.grid, first.choice
-        assert grid is not None
-        assert choice is not None
-        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
-        rest = [r for r in rest if r not in alike]
-        started = time.monotonic()
-        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
-        try:
-            targets = [
-                w.float() if x.name in uncut else _clipped(w.float(), stats, rounding, rewrites) for x, w in alike
-            ]
-            stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
-            both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
-            if choice.activations is not None:
-                both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
-        except LlmquantError as error:
-            raise type(error)(f"{first.weight_name}: {error}") from None
-        seconds = (time.monotonic() - started) / len(alike)
-        row = 0
-        for linear, w in alike:
-            q = rows_of(both, row, row + linear.rows)
-            row += linear.rows
-            done[linear.name] = q
-            records[linear.name] = _record(linear, w, q, stats) | {"seconds": round(seconds, 3)}
-    return done, records
-
-
-def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
-    for name, config in rewrites:
-        transform = plugins.load("transforms", name, "transforms")
-        if hasattr(transform, "clip"):
-            w = transform.clip(w, stats, rounding, config)
-    return w
-
-
-def _record(linear: Linear, w: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
-    """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite."""
-    w = w.float()
-    wrong, loud, lost, heard = error_sums(q, w, stats.square_mean).tolist()
-    error = lost / max(heard, 1e-30)
-    if stats.hessian is not None:
-        error = output_error(dequantize(q).sub_(w), w, stats.hessian)
-    if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
-        raise CalibrationError(
-            f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
-            f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
-            "bfloat16, or keep this linear float by a rule."
-        )
-    assert linear.grid is not None
-    return {
-        "error": round(error, 8),
-        "bits_per_weight": round(linear.grid.bits_per_weight, 4),
-        "tokens": stats.tokens,
-        **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
-        "layer": linear.layer,
-        **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),
-        **q.record,
-    }
-
-
-def _local(plan: Plan, linear: Linear) -> str:
-    return linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")
-
-
-def _put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor, rounding: dict[str, Inputs]) -> None:
-    """Give a layer the weight that a runtime will read, so that what follows sees the real error.
-
-    rounding: gets an entry where a runtime rounds the linear's inputs, too.
-    """
-    weight = calibrate.weight_of(layer.get_submodule(_local(plan, linear)))
-    with torch.no_grad():
-        weight.copy_(dequantize(q))
-    if q.inputs is not None:
-        rounding[_local(plan, linear)] = q.inputs

@@ -25,16 +25,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmquant import calibrate, data, plugins, run
+from llmquant import calibrate, data, layers, plugins, run
 from llmquant.checkpoint import read_json, write_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
 from llmquant.models.spec import Site
 from llmquant.plan import Linear, Plan
+from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.recipe import Recipe
-from llmquant.run import Progress, silent
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
 
@@ -270,10 +270,13 @@ def measure(
     for unit, label in [(unit, label) for unit, label in todo if unit.layer is None]:
         linear = plans[label].quantized[unit.linears[0]]
         stats_here = _importance(known, linear) or Stats.none(linear.cols, stream.device)
-        if sample is not None and text is not None and not linear.lookup:
-            stats_here = run.head_stats(stream, text.tokens, sample, replace(own, needs=most))
+        if sample is not None and text is not None:
+            if linear.lookup:
+                stats_here = layers.lookup_stats(own, stream, linear, text.tokens)
+            else:
+                stats_here = layers.head_stats(stream, text.tokens, sample, replace(own, needs=most))
         weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
-        quantized, _ = run.quantize_together([linear], [weight], stats_here)
+        quantized, _ = layers.quantize_together([linear], [weight], stats_here)
         with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
             again = linear.lookup
             x = stream.start(windows.tokens) if again else held
@@ -492,7 +495,7 @@ def _quantized(
         for these, theirs, known in together:
             if these:
                 known = known or Stats.none(these[0].cols, theirs[0].device)
-                done, _ = run.quantize_together(these, theirs, known)
+                done, _ = layers.quantize_together(these, theirs, known)
                 found |= {name: dequantize(q) for name, q in done.items()}
     return found
 

@@ -18,6 +18,18 @@ BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal a
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far the activations x are from those x' of the float model, as means over each of two halves of the tokens.
+
+    crosses: (x' - x) xᵀ. hessians: x xᵀ. shares: of all tokens.
+    """
+
+    crosses: tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]
+    hessians: tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]
+    shares: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Stats:
     """Statistics of the activations x that one or more linears read, as means over tokens.
 
@@ -27,6 +39,7 @@ class Stats:
     tokens: how many tokens were seen.
     abs_max: the largest |x|; None where no activations were seen.
     sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
+    drift: None where not asked for.
     """
 
     hessian: Float[Tensor, "cols cols"] | None
@@ -35,9 +48,10 @@ class Stats:
     tokens: int
     abs_max: Float[Tensor, " cols"] | None = None
     sample: Float[Tensor, " values"] | None = None
+    drift: Drift | None = None
 
     def divided(self, scales: Float[Tensor, " cols"]) -> Stats:
-        """Return the statistics of x / scales; without a sample."""
+        """Return the statistics of x / scales; without a sample and drift."""
         return Stats(
             None if self.hessian is None else self.hessian / scales / scales[:, None],
             self.square_mean / scales.square(),
@@ -60,17 +74,29 @@ class Accumulator:
         batches (each value draws a number, and those with the smallest stay), of at most ``SAMPLE`` values, and the
         observers take it as they take a row of weights. A histogram would need observers of its own, and bins that
         suit an outlier leave few to the bulk.
+    drift: compare with the float model's activations, which then come with each batch; needs "hessian".
     """
 
-    def __init__(self, cols: int, needs: Needs, device: torch.device | str = "cpu", sample: bool = False) -> None:
-        self._hessian = torch.zeros(cols, cols, device=device) if needs == "hessian" else None
+    def __init__(
+        self,
+        cols: int,
+        needs: Needs,
+        device: torch.device | str = "cpu",
+        sample: bool = False,
+        drift: bool = False,
+    ) -> None:
+        parts = 0 if needs != "hessian" else 2 if drift else 1
+        self._hessians = [torch.zeros(cols, cols, device=device) for _ in range(parts)]
+        self._crosses = [torch.zeros(cols, cols, device=device) for _ in range(2 if drift else 0)]
+        self._counts = [0] * parts
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
         self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
         self._sample = _Values(device) if sample else None
 
-    def add(self, x: Float[Tensor, "tokens cols"]) -> None:
+    def add(self, x: Float[Tensor, "tokens cols"], aimed: Float[Tensor, "tokens cols"] | None = None) -> None:
+        """aimed: what the float model reads in the place of x."""
         x = x.float()
         self._tokens += x.shape[0]
         if self._sample is not None:
@@ -78,23 +104,41 @@ class Accumulator:
         magnitude = x.abs()
         self._magnitudes += magnitude.sum(0)
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
-        if self._hessian is None:
+        if not self._hessians:
             self._squares += x.square().sum(0)
-        else:
+        parts = len(self._hessians)
+        for part, hessian in enumerate(self._hessians):
+            here = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
+            some = x[here]
+            self._counts[part] += len(some)
             for start in range(0, x.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
-                self._hessian[block, start:].addmm_(x[:, block].T, x[:, start:])
+                hessian[block, start:].addmm_(some[:, block].T, some[:, start:])
+            if self._crosses:
+                assert aimed is not None
+                self._crosses[part].addmm_((aimed[here].float() - some).T, some)
 
     def result(self) -> Stats:
         tokens = max(self._tokens, 1)
         sample = None if self._sample is None else self._sample.result()
-        if self._hessian is None:
-            hessian, square_mean = None, self._squares / tokens
-        else:
-            upper = self._hessian.triu() / tokens
-            hessian = upper + upper.triu(1).T
+        hessian, drift, square_mean = None, None, self._squares / tokens
+        if self._hessians:
+            hessian = _symmetric(sum(self._hessians[1:], self._hessians[0]) / tokens)
             square_mean = hessian.diagonal()
-        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest, sample)
+        if self._crosses:
+            means = [max(count, 1) for count in self._counts]
+            drift = Drift(
+                (self._crosses[0] / means[0], self._crosses[1] / means[1]),
+                (_symmetric(self._hessians[0] / means[0]), _symmetric(self._hessians[1] / means[1])),
+                (self._counts[0] / tokens, self._counts[1] / tokens),
+            )
+        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest, sample, drift)
+
+
+def _symmetric(upper: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """Return the symmetric matrix of which only the upper half, diagonal included, is right."""
+    upper = upper.triu()
+    return upper + upper.triu(1).T
 
 
 class Sample:

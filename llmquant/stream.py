@@ -199,6 +199,13 @@ class Stream:
         weight: Tensor = self.model.get_submodule(self.spec.embed).weight
         return weight.detach()
 
+    def set_embedding(self, weight: Float[Tensor, "vocab hidden"], also_head: bool) -> None:
+        """Replace the embedding's weight; ``also_head``: that of a tied output matrix too."""
+        parameter = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+        self.model.get_submodule(self.spec.embed).weight = parameter
+        if self.tied and also_head:
+            self.model.get_submodule(self.spec.head).weight = parameter
+
     @torch.no_grad()
     def before_head(
         self, tokens: Int[Tensor, "sequences time"], x: Float[Tensor, "sequences time hidden"]

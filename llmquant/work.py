@@ -21,13 +21,14 @@ from llmquant.plan import Linear
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
+OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 
 
 class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
-    A file holds, for every linear of a layer, its codes, the stored parameters of
+    A file holds, for every linear of a layer or for one outside of them, its codes, the stored parameters of
     its grid and of its inputs, and what a report says about it; and the float
     tensors of the layer that transforms changed.
     """
@@ -55,20 +56,21 @@ class Work:
             write_json(beside, fingerprint)
             beside.replace(folder / NOTE)
 
-    def _path(self, layer: int | None) -> Path:
-        return self.folder / ("head.safetensors" if layer is None else f"layer-{layer:05}.safetensors")
+    def _path(self, part: int | str) -> Path:
+        name = f"layer-{part:05}" if isinstance(part, int) else f"{OUTSIDE}{part}"
+        return self.folder / f"{name}.safetensors"
 
-    def has(self, layer: int | None) -> bool:
-        return self._path(layer).exists()
+    def has(self, part: int | str) -> bool:
+        return self._path(part).exists()
 
     def save(
         self,
-        layer: int | None,
+        part: int | str,
         linears: Mapping[str, QuantizedTensor],
         records: Mapping[str, Any],
         floats: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Store a layer's linears by module name, with what a report should say about each.
+        """Store the linears of a layer, or one outside of them, by module name, and what a report should say of each.
 
         floats: the tensors that transforms changed and that stay float, by their full names.
         """
@@ -82,15 +84,15 @@ class Work:
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
         try:
-            atomic_save(self._path(layer), tensors, {"records": json.dumps(records)})
+            atomic_save(self._path(part), tensors, {"records": json.dumps(records)})
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{self._path(layer)}: cannot be written: {error}. Finished layers are kept.") from None
+            raise OutputError(f"{self._path(part)}: cannot be written: {error}. Finished layers are kept.") from None
 
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return one linear as it was saved."""
         name, grid = linear.name, linear.grid
         assert grid is not None
-        with safe_open(self._path(linear.layer), "pt") as file:
+        with safe_open(self._path(linear.part), "pt") as file:
             codes = file.get_tensor(f"{name}:codes")
             keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
             stored = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
@@ -178,7 +180,7 @@ def _records(path: Path) -> dict[str, Any]:
 
 
 def _ours(path: Path) -> bool:
-    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", "head.safetensors"))
+    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", OUTSIDE))
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

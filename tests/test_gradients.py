@@ -63,18 +63,19 @@ def expected(model, tokens):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_information_at_the_embedding_is_that_of_autograd(name, save_model, tmp_path, monkeypatch):
     folder = save_model(tmp_path / "model", CONFIGS[name]())
+    also_head = "tied" in name
     tokens = torch.randint(2, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
-    stats = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens)
+    stats = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens, also_head)
     truth = expected(hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokens)
     truth.diagonal().add_(gradients.SHRINK * truth.diagonal().mean())
     torch.testing.assert_close(stats.hessian, truth, rtol=1e-3, atol=1e-4 * float(truth.abs().max()))
     assert stats.tokens == 60
     monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
-    again = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens)
+    again = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens, also_head)
     torch.testing.assert_close(again.hessian, stats.hessian)
 
 
 def test_no_more_tokens_are_used_than_stated(llama, monkeypatch):
     monkeypatch.setattr(gradients, "TOKENS", 40)
     tokens = torch.randint(2, VOCABULARY, (9, 16), generator=torch.Generator().manual_seed(1))
-    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens).tokens == 32
+    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens, also_head).tokens == 32

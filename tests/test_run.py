@@ -90,7 +90,7 @@ def test_exporting_again_needs_a_file_of_every_layer_but_those_that_stay_float(n
     api.export(work, ["compressed_tensors"], tmp_path / "again")
     run.quantize(llama, recipe.load(name, [*changes, "formats=[compressed_tensors]"]), tmp_path / "direct")
     assert files(tmp_path / "again") == files(tmp_path / "direct")
-    for file, what in (("head", "what is outside the layers"), ("layer-00002", "layer 2 of 3")):
+    for file, what in (("outside-lm_head", "lm_head"), ("layer-00002", "layer 2 of 3")):
         (work / f"{file}.safetensors").unlink()
         with pytest.raises(CheckpointError, match=f"{what} is not finished"):
             api.export(work, ["compressed_tensors"], tmp_path / "none")

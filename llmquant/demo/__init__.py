@@ -13,7 +13,7 @@ from llmquant import api, recipe
 from llmquant.checkpoint import check_output
 from llmquant.demo import text
 from llmquant.evaluation import Row
-from llmquant.run import Progress, silent
+from llmquant.progress import Progress, silent
 
 MODEL = Path(__file__).parent / "model"
 RECIPES = {

@@ -1,0 +1,409 @@
+"""From a float model to quantized layers: calibrate a layer, quantize its linears, go on to the next."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant import activations as activation_ranges
+from llmquant import calibrate, gradients, memory, mismatch, noise, plugins, work
+from llmquant import plan as planning
+from llmquant.activations import Inputs
+from llmquant.errors import CalibrationError, LlmquantError
+from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
+from llmquant.metrics import output_error
+from llmquant.models.spec import Site
+from llmquant.plan import Linear, Plan
+from llmquant.progress import Progress
+from llmquant.stats import Accumulator, Sample, Stats
+from llmquant.stream import Activations, Stream
+from llmquant.transform import Rounding, Scales, SiteView
+
+
+@torch.no_grad()
+def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
+    """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
+
+    The activations are those of the quantized model. Where a mismatch is corrected, the float model's go along.
+    """
+    aimed = stream.start(tokens) if plan.recipe.mismatch_correction else None
+    outside = [x for x in plan.of_layer(None) if x.grid]
+    for linear in (x for x in outside if x.lookup):
+        if not log.has(linear.part):
+            _save_outside(log, linear, stream.embedding_weight(), lookup_stats(plan, stream, linear, tokens))
+        stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
+    heads = [x for x in outside if not x.lookup and not log.has(x.part)]
+    activations = stream.start(tokens)
+    for index in range(plan.layers):
+        progress("quantizing layers", index, plan.layers)
+        last = index == plan.layers - 1 and not heads
+        if log.has(index) and last:
+            continue
+        with stream.layer(index) as layer:
+            if log.has(index):
+                if aimed is not None:
+                    stream.run(layer, index, aimed)
+                rounding: dict[str, Inputs] = {}
+                for linear in plan.of_layer(index):
+                    if linear.grid is not None:
+                        _put(layer, plan, linear, log.load(linear), rounding)
+                _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
+                with calibrate.rounded(layer, plan.spec.sites, rounding):
+                    stream.run(layer, index, activations)
+                continue
+            goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
+            told: dict[str, Any] = {}
+            floats: dict[str, Tensor] = {}
+            if plan.recipe.transforms:
+                floats, told, scales = _transform_layer(plan, stream, layer, index, activations)
+                if goal is not None:
+                    goal.scales = scales
+            done, records = _quantize_layer(plan, stream, layer, index, activations, goal, not last)
+            log.save(index, done, {name: record | told.get(name, {}) for name, record in records.items()}, floats)
+    for linear in heads:
+        _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aimed))
+    progress("quantizing layers", plan.layers, plan.layers)
+
+
+def _save_outside(log: work.Work, linear: Linear, weight: Tensor, stats: Stats) -> None:
+    done, records = quantize_together([linear], [weight], stats)
+    log.save(linear.part, done, records)
+
+
+def lookup_stats(plan: Plan, stream: Stream, linear: Linear, tokens: Tensor) -> Stats:
+    """Return the statistics with which the embedding is rounded; none where its algorithm needs no Hessian."""
+    if linear.choice is None or planning.needs_of(linear.choice) != "hessian":
+        return Stats.none(linear.cols, stream.device)
+    return gradients.embedding_stats(stream, tokens, also_head=stream.tied and not plan.untie)
+
+
+@dataclass
+class Goal:
+    """The float model's side of a layer that is being quantized.
+
+    layer: as it is in the checkpoint. activations: what it reads. scales: by which transforms divided the
+    activations of sites.
+    """
+
+    layer: nn.Module
+    activations: Activations
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def scaled(self, site: Site, x: Tensor) -> Tensor:
+        """Return what the site would read if the float model had been transformed."""
+        return x / self.scales[site.name] if site.name in self.scales else x
+
+
+def _transform_layer(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Fold what the transforms find into a layer.
+
+    Returns the changed tensors that stay float, records by linear, and by site what its activations were divided by.
+
+    All sites are searched on the layer while it is float, and before any of its
+    linears is quantized: a fold changes the linear that feeds the site too.
+    """
+    sites = [
+        s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
+    ]
+    sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site)) for site in sites}
+    samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
+
+    def see(site: Site, x: Tensor) -> None:
+        sums[site.name].add(x)
+        samples[site.name].add(x)
+
+    with calibrate.watch(layer, sites, see):
+        stream.run(layer, index, activations, keep=False)
+    stats = {site.name: sums[site.name].result() for site in sites}
+    inputs = {site.name: samples[site.name].result() for site in sites}
+    records: dict[str, Any] = {}
+    scales: dict[str, Tensor] = {}
+    changed: list[str] = []
+    for name, config in plan.recipe.rewrites:
+        transform = plugins.load("transforms", name, "transforms")
+        for site in sites:
+            assert site.fold is not None
+            linears = plan.of_layer(index, site)
+            view = SiteView(
+                tuple(calibrate.weight_of(layer.get_submodule(local)).float() for local in site.linears),
+                tuple(map(_rounding, linears)),
+                stats[site.name],
+                inputs[site.name],
+                calibrate.producer_rows(layer, site),
+                site.fold.kind.startswith("norm"),
+            )
+            try:
+                found: Scales = transform.search(view, config)
+            except LlmquantError as error:
+                raise type(error)(f"{linears[0].weight_name}: {error}") from None
+            for linear in linears:
+                records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
+            if bool((found.factors == 1).all()):
+                continue
+            dtype = stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
+            factors = calibrate.storable_scales(layer, site, found.factors, dtype)
+            calibrate.fold_scales(layer, site, factors)
+            stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
+            scales[site.name] = scales.get(site.name, 1) * factors
+            changed += [site.fold.module, *site.linears]
+    return _round_floats(plan, stream, layer, index, changed), records, scales
+
+
+def _rounding(linear: Linear) -> Rounding | None:
+    if linear.grid is None or linear.choice is None:
+        return None
+    algorithm = plugins.load("algorithms", linear.choice.algorithm, "algorithm")
+    return Rounding(linear.grid, algorithm, linear.choice.algorithm_config)
+
+
+def _round_floats(
+    plan: Plan, stream: Stream, layer: nn.Module, index: int, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the float tensors of changed modules in the dtype they are stored in; the layer gets the same values.
+
+    Raises CalibrationError when that dtype cannot hold a value.
+    """
+    quantized = {x.weight_name for x in plan.of_layer(index) if x.grid}
+    floats = {}
+    for module in dict.fromkeys(modules):
+        for local, parameter in layer.get_submodule(module).named_parameters():
+            name = f"{plan.spec.layers}.{index}.{module}.{local}"
+            if name not in quantized:
+                floats[name] = parameter.to(stream.checkpoint.infos[name].dtype)
+                if not torch.isfinite(floats[name]).all():
+                    raise CalibrationError(
+                        f"{name}: with the scales of the transforms folded into it, it has values that "
+                        f"{floats[name].dtype} cannot hold: the largest is {float(parameter.abs().max()):g}. "
+                        "Leave out `transforms`, or use a model in bfloat16 or float32."
+                    )
+    _put_floats(layer, plan, index, floats)
+    return floats
+
+
+def _put_floats(layer: nn.Module, plan: Plan, index: int, floats: Mapping[str, Tensor]) -> None:
+    for name, value in floats.items():
+        layer.get_parameter(name.removeprefix(f"{plan.spec.layers}.{index}.")).copy_(value)
+
+
+def _quantize_layer(
+    plan: Plan,
+    stream: Stream,
+    layer: nn.Module,
+    index: int,
+    activations: Activations,
+    goal: Goal | None,
+    go_on: bool,
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
+
+    A site's statistics are those of its inputs as the quantized layers before it
+    make them, with ``true_sequential`` also the quantized sites before it in the
+    layer. Then, if memory allows, the layer is computed once for all: every
+    batch waits at a site until it is quantized. Otherwise one pass for each site
+    sees the same activations. The float layer of ``goal``, if any, keeps step, and
+    its outputs go to the goal's activations.
+    """
+    done: dict[str, QuantizedTensor] = {}
+    records: dict[str, Any] = {}
+    rounding: dict[str, Inputs] = {}
+    sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
+    scores = calibrate.score_linears(plan.spec)
+
+    def quantize_site(site: Site, stats: Stats) -> None:
+        linears = [x for x in plan.of_layer(index, site) if x.grid]
+        weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
+        uncut = [x.name for x in linears if _local(plan, x) in scores]
+        quantized, told = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
+        for linear in linears:
+            _put(layer, plan, linear, quantized[linear.name], rounding)
+        done.update(quantized)
+        records.update(told)
+
+    with ExitStack() as stack:
+        begin = stack.enter_context(calibrate.stepwise(layer, sites))
+        stack.enter_context(calibrate.rounded(layer, sites, rounding))
+        begins, chains = [begin], [activations]
+        if goal is not None:
+            begins.append(stack.enter_context(calibrate.stepwise(goal.layer, sites)))
+            chains.append(goal.activations)
+
+        def begun(batch: int) -> list[calibrate.Steps]:
+            both = zip(begins, chains, strict=True)
+            return [begin(chain.batches[batch], chain.call(chain.batches[batch], index)) for begin, chain in both]
+
+        def next_site(steps: Sequence[calibrate.Steps]) -> tuple[Site | None, list[Tensor]]:
+            """Return the site that is reached next, if any, and what each chain reads there."""
+            stops = [next(of_chain) for of_chain in steps]
+            site, seen = stops[0][0], [x for _, x in stops]
+            if site is not None and goal is not None:
+                seen[1] = goal.scaled(site, seen[1])
+            return site, seen
+
+        if plan.recipe.true_sequential and plan.waiting_bytes < memory.available_bytes(stream.device) / 2:
+            running = [begun(batch) for batch in range(len(activations.batches))]
+            for _ in sites:
+                stops = [next_site(steps) for steps in running]
+                reached = stops[0][0]
+                assert reached is not None
+                sums = _accumulator(plan, stream, plan.of_layer(index, reached))
+                for _, seen in stops:
+                    sums.add(*seen)
+                quantize_site(reached, sums.result())
+            if go_on:
+                ends = [next_site(steps)[1] for steps in running]
+                for chain, outputs in zip(chains, zip(*ends, strict=True), strict=True):
+                    chain.batches = list(outputs)
+            return done, records
+        for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
+            wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s)) for s in together}
+            for batch in range(len(activations.batches)):
+                steps = begun(batch)
+                for _ in sites[: sites.index(together[-1]) + 1]:
+                    at, seen = next_site(steps)
+                    if at is not None and at.name in wanted:
+                        wanted[at.name].add(*seen)
+                for of_chain in steps:
+                    of_chain.close()
+            for site in together:
+                quantize_site(site, wanted[site.name].result())
+    if go_on:
+        if goal is not None:
+            stream.run(goal.layer, index, goal.activations)
+        with calibrate.rounded(layer, sites, rounding):
+            stream.run(layer, index, activations)
+    return done, records
+
+
+def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear]) -> Accumulator:
+    sample, drift = any(x.static for x in linears), plan.recipe.mismatch_correction
+    return Accumulator(linears[0].cols, plan.needs, stream.device, sample, drift)
+
+
+def head_stats(
+    stream: Stream, tokens: Tensor, activations: Activations, plan: Plan, aimed: Activations | None = None
+) -> Stats:
+    """Return the statistics of what the output matrix reads.
+
+    aimed: the float model's activations; with them, the statistics have a drift.
+    """
+    sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup])
+    at = 0
+    for i, x in enumerate(activations.batches):
+        of_batch = tokens[at : at + len(x)]
+        both = [x] if aimed is None else [x, aimed.batches[i]]
+        sums.add(*(stream.before_head(of_batch, y).flatten(0, 1) for y in both))
+        at += len(x)
+    return sums.result()
+
+
+def quantize_together(
+    linears: Sequence[Linear],
+    weights: Sequence[Tensor],
+    stats: Stats,
+    rewrites: Sequence[tuple[str, Any]] = (),
+    uncut: Collection[str] = (),
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """Quantize linears that read the same activations.
+
+    Those with the same grid and algorithm are stacked and quantized as one
+    matrix: rows do not influence each other, and the work on the Hessian is shared.
+
+    rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
+    """
+    done: dict[str, QuantizedTensor] = {}
+    records: dict[str, Any] = {}
+    rest = list(zip(linears, weights, strict=True))
+    while rest:
+        first = rest[0][0]
+        grid, choice = first.grid, first.choice
+        assert grid is not None
+        assert choice is not None
+        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        rest = [r for r in rest if r not in alike]
+        started = time.monotonic()
+        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
+        try:
+            wanted: list[tuple[Tensor, float | None]] = [(w.float(), None) for _, w in alike]
+            if stats.drift is not None:
+                wanted = [*mismatch.corrected([w for w, _ in wanted], stats)]
+            targets = [
+                w if x.name in uncut else _clipped(w, stats, rounding, rewrites)
+                for (x, _), (w, _) in zip(alike, wanted, strict=True)
+            ]
+            stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
+            both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
+            if choice.activations is not None:
+                both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
+        except LlmquantError as error:
+            raise type(error)(f"{first.weight_name}: {error}") from None
+        seconds = (time.monotonic() - started) / len(alike)
+        row = 0
+        for (linear, w), (target, share) in zip(alike, wanted, strict=True):
+            q = rows_of(both, row, row + linear.rows)
+            row += linear.rows
+            done[linear.name] = q
+            told: dict[str, Any] = {} if share is None else {"corrected": round(share, 4)}
+            records[linear.name] = _record(linear, w, target, q, stats) | told | {"seconds": round(seconds, 3)}
+    return done, records
+
+
+def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
+    for name, config in rewrites:
+        transform = plugins.load("transforms", name, "transforms")
+        if hasattr(transform, "clip"):
+            w = transform.clip(w, stats, rounding, config)
+    return w
+
+
+def _record(linear: Linear, w: Tensor, target: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
+    """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite.
+
+    target: the weights that were rounded; the error at the output is that of rounding these.
+    """
+    w = w.float()
+    wrong, loud, lost, heard = error_sums(q, w, stats.square_mean).tolist()
+    error = lost / max(heard, 1e-30)
+    if stats.hessian is not None:
+        error = output_error(dequantize(q).sub_(target), target, stats.hessian)
+    if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
+        raise CalibrationError(
+            f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
+            f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
+            "bfloat16, or keep this linear float by a rule."
+        )
+    assert linear.grid is not None
+    return {
+        "error": round(error, 8),
+        "bits_per_weight": round(linear.grid.bits_per_weight, 4),
+        "tokens": stats.tokens,
+        **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
+        "layer": linear.layer,
+        **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),
+        **q.record,
+    }
+
+
+def _local(plan: Plan, linear: Linear) -> str:
+    return linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")
+
+
+def _put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor, rounding: dict[str, Inputs]) -> None:
+    """Give a layer the weight that a runtime will read, so that what follows sees the real error.
+
+    rounding: gets an entry where a runtime rounds the linear's inputs, too.
+    """
+    weight = calibrate.weight_of(layer.get_submodule(_local(plan, linear)))
+    with torch.no_grad():
+        weight.copy_(dequantize(q))
+    if q.inputs is not None:
+        rounding[_local(plan, linear)] = q.inputs
