@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -11,7 +12,7 @@ import torch
 
 from llmquant import plugins
 from llmquant.activations import ActivationScheme, Inputs
-from llmquant.checkpoint import TensorInfo
+from llmquant.checkpoint import SHARD_BYTES, TensorInfo
 from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.models.spec import ModelSpec, Site
@@ -19,7 +20,12 @@ from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs
 
 PIECE = 1 << 20  # weights that are quantized together where nothing else limits them
-RUNTIME_BYTES = 500_000_000  # Python, torch and transformers before any model
+RUNTIME_BYTES = 500_000_000  # Python, torch, transformers and compiled kernels before any model
+# Measured (eval/memory.py), in bytes for each weight of the matrices that are quantized together:
+ROUNDING = 14  # fitting, codes and errors; search by an observer may take up to twice that
+PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
+FEEDBACK, FACTORS = 18, 56  # GPTQ; and for each element of the Hessian, of which it keeps seven copies in float64
+PACKING = 3
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ def make(
     context: int,
     matrices: Sequence[str],
     foldable: Collection[str] = (),
+    memory: int = sys.maxsize,
 ) -> Plan:
     """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
 
@@ -157,6 +164,7 @@ def make(
     hidden: width of the residual stream. context: most tokens of a sequence.
     matrices: the names of all linear modules outside the decoder layers, for formats that list what stays float.
     foldable: the sites whose scales another module of a layer can absorb, for transforms.
+    memory: bytes that are free; a run does with less what it can.
     """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
     layers = _count_layers(spec, infos)
@@ -205,12 +213,12 @@ def make(
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
-    return replace(
+    plan = replace(
         plan,
         sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
-        peak_bytes=_peak_bytes(plan, hidden, tokens),
         waiting_bytes=4 * tokens * (5 * hidden + max(_site_cols(plan, site) for site in spec.sites)),
     )
+    return replace(plan, peak_bytes=_peak_bytes(plan, hidden, tokens, memory, exporters))
 
 
 def _count_layers(spec: ModelSpec, infos: Mapping[str, TensorInfo]) -> int:
@@ -374,20 +382,33 @@ def packed_bytes(linear: Linear, exporter: ModuleType) -> int:
     return sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
 
 
-def _peak_bytes(plan: Plan, hidden: int, tokens: int) -> int:
-    """Estimate the peak memory of a run in float32 on the CPU: one layer, its Hessians, the activations."""
-    per_layer = [plan.of_layer(i) for i in range(plan.layers)]
-    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
-    largest = max(sum(x.weights for x in layer) for layer in per_layer)
+def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Mapping[str, ModuleType]) -> int:
+    """Estimate the peak memory of a run in float32 on the CPU: the larger of quantizing and writing."""
+    largest = max(x.weights for x in plan.linears)
+    layers = [sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers)]
+    limit = SHARD_BYTES if plan.recipe.shard_bytes is None else plan.recipe.shard_bytes or sys.maxsize
+    # a GGUF file is written piece by piece, others by the shard
+    shard = max((min(limit, plan.sizes[n]) for n, e in exporters.items() if not hasattr(e, "write")), default=0)
     if plan.needs == "nothing":
-        most = min(max(x.weights for x in plan.linears), PIECE)
-        return RUNTIME_BYTES + torch.get_num_threads() * 16 * 4 * most  # some copies of a piece in every thread
-    activations = 2 * 4 * tokens * hidden
-    sites: Sequence[int] = [_site_cols(plan, site) for site in plan.spec.sites]
-    hessians = sum(4 * c * c for c in sites) if plan.needs == "hessian" else 0
-    factors = 4 * 8 * max(sites) ** 2 if plan.needs == "hessian" else 0
-    working = 6 * 4 * max(sum(x.weights for x in plan.of_layer(0, site)) for site in plan.spec.sites)
-    return RUNTIME_BYTES + outside + 4 * largest + activations + hessians + factors + working
+        if len(exporters) > 1:
+            held = ROUNDING * largest + int(plan.work_bytes * max(layers) / sum(layers))
+            return RUNTIME_BYTES + max(held, shard + PACKING * largest)
+        if shard:
+            return RUNTIME_BYTES + ROUNDING * largest + shard
+        return RUNTIME_BYTES + torch.get_num_threads() * PIECES * min(largest, PIECE)
+    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
+    outside += 4 * sum(x.weights for x in plan.of_layer(None))
+    together = plan.recipe.true_sequential and not plan.recipe.transforms
+    waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
+    hessian = plan.needs == "hessian"
+    sites: list[int] = []
+    for site in plan.spec.sites:
+        cols, weights = _site_cols(plan, site), sum(x.weights for x in plan.of_layer(0, site))
+        working = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
+        sites.append(working + (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
+    squares = [4 * _site_cols(plan, site) ** 2 for site in plan.spec.sites] if hessian else [0]
+    quantizing = 4 * max(layers) + 4 * tokens * hidden + max(sites) + (max(squares) if together else sum(squares))
+    return RUNTIME_BYTES + outside + max(quantizing, shard + PACKING * largest)
 
 
 def _site_cols(plan: Plan, site: Site) -> int:

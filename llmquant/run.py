@@ -108,6 +108,7 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.context,
         stream.other_linears if told else (),
         stream.foldable if recipe_.transforms else (),
+        memory.available_bytes(stream.device),
     )
 
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llmquant import api, demo, evaluation, memory, recipe, run
+from llmquant import plan as planning
 from llmquant.errors import CheckpointError, LlmquantError, OutputError, RecipeError
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
@@ -211,6 +212,22 @@ def test_the_plan_knows_the_size_of_the_tensors_that_are_written(llama, calibrat
     for name, size in plan.sizes.items():
         tensors = load_file(tmp_path / "out" / name / "model.safetensors")
         assert sum(t.nbytes for t in tensors.values()) == size
+
+
+def test_the_peak_memory_of_a_plan_counts_what_is_held_at_once(llama, calibrated, monkeypatch):
+    def peak(name, *changes):
+        return api.plan(llama, name, changes=changes).peak_bytes
+
+    rtn = ("rtn-w4g128", "grid.group_size=32")
+    (size,) = api.plan(llama, rtn[0], changes=rtn[1:]).sizes.values()
+    assert peak(*rtn) - peak(*rtn, "max_shard_size=40kB") == size - 40_000  # a shard
+    gptq = ("gptq-w4g128", *calibrated)
+    wide = 4 * VOCABULARY * 64
+    small = peak(*gptq)
+    assert peak(*gptq, "transforms=[{name: awq}]") - small == 4 * 3 * 64**2  # Hessians of the sites beside the largest
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    assert peak(*gptq) < small  # no batch waits at a site
+    assert peak(*gptq) > planning.RUNTIME_BYTES + 2 * wide + 4 * 128**2  # embedding, output matrix, Hessian
 
 
 def test_gptq_diverges_less_than_rounding_on_the_demo_model(texts, tmp_path):
