@@ -213,10 +213,11 @@ def make(
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
+    widest = max(_site_cols(plan, site) for site in spec.sites)
     plan = replace(
         plan,
         sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
-        waiting_bytes=4 * tokens * (5 * hidden + max(_site_cols(plan, site) for site in spec.sites)),
+        waiting_bytes=4 * tokens * (1 + recipe.mismatch_correction) * (5 * hidden + widest),
     )
     return replace(plan, peak_bytes=_peak_bytes(plan, hidden, tokens, memory, exporters))
 
@@ -401,13 +402,16 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Ma
     together = plan.recipe.true_sequential and not plan.recipe.transforms
     waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
     hessian = plan.needs == "hessian"
+    chains = 2 if plan.recipe.mismatch_correction else 1  # the float model's layer and activations go along
     sites: list[int] = []
     for site in plan.spec.sites:
         cols, weights = _site_cols(plan, site), sum(x.weights for x in plan.of_layer(0, site))
         working = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
-        sites.append(working + (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
-    squares = [4 * _site_cols(plan, site) ** 2 for site in plan.spec.sites] if hessian else [0]
-    quantizing = 4 * max(layers) + 4 * tokens * hidden + max(sites) + (max(squares) if together else sum(squares))
+        sites.append(working + chains * (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
+    matrices = 5 if plan.recipe.mismatch_correction else 1  # a Hessian; a cross term and a Hessian of either half
+    squares = [4 * matrices * _site_cols(plan, site) ** 2 for site in plan.spec.sites] if hessian else [0]
+    quantizing = chains * 4 * (max(layers) + tokens * hidden) + max(sites)
+    quantizing += max(squares) if together else sum(squares)
     return RUNTIME_BYTES + outside + max(quantizing, shard + PACKING * largest)
 
 
