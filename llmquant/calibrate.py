@@ -52,10 +52,9 @@ def start(
     return inputs[0], calls
 
 
-def run_layer(
-    layer: nn.Module, x: Float[Tensor, "batch time hidden"], call: Call
-) -> Float[Tensor, "batch time hidden"]:
-    """Return the output of a decoder layer."""
+def run_layer(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """Return the output [batch, time, hidden] of a decoder layer for x of that shape."""
+    # no shapes in the signature: they are checked by a stack of calls, and ``stepwise`` pauses these in any order
     args, kwargs = call
     out = layer(x, *args, **kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -115,7 +116,7 @@ def _transform_layer(
     sites = [
         s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
     ]
-    sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site)) for site in sites}
+    sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site), drift=False) for site in sites}
     samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
 
     def see(site: Site, x: Tensor) -> None:
@@ -255,17 +256,20 @@ def _quantize_layer(
                 stops = [next_site(steps) for steps in running]
                 reached = stops[0][0]
                 assert reached is not None
-                sums = _accumulator(plan, stream, plan.of_layer(index, reached))
+                sums = _accumulator(plan, stream, plan.of_layer(index, reached), goal is not None)
                 for _, seen in stops:
                     sums.add(*seen)
                 quantize_site(reached, sums.result())
-            if go_on:
+            if not go_on:
+                for of_chain in itertools.chain(*running):
+                    of_chain.close()
+            else:
                 ends = [next_site(steps)[1] for steps in running]
                 for chain, outputs in zip(chains, zip(*ends, strict=True), strict=True):
                     chain.batches = list(outputs)
             return done, records
         for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
-            wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s)) for s in together}
+            wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s), goal is not None) for s in together}
             for batch in range(len(activations.batches)):
                 steps = begun(batch)
                 for _ in sites[: sites.index(together[-1]) + 1]:
@@ -284,9 +288,8 @@ def _quantize_layer(
     return done, records
 
 
-def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear]) -> Accumulator:
-    sample, drift = any(x.static for x in linears), plan.recipe.mismatch_correction
-    return Accumulator(linears[0].cols, plan.needs, stream.device, sample, drift)
+def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:
+    return Accumulator(linears[0].cols, plan.needs, stream.device, any(x.static for x in linears), drift)
 
 
 def head_stats(
@@ -296,7 +299,7 @@ def head_stats(
 
     aimed: the float model's activations; with them, the statistics have a drift.
     """
-    sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup])
+    sums = _accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup], aimed is not None)
     at = 0
     for i, x in enumerate(activations.batches):
         of_batch = tokens[at : at + len(x)]

@@ -49,8 +49,12 @@ def test_transformers_computes_the_same_logits_from_a_written_folder(llama, cali
     assert (logits(llama, tokens) - theirs).abs().max() > 1e-2 * ours.abs().max() or "bits=8" in changes[0]
 
 
-def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tmp_path):
-    chosen = recipe.load("gptq-w4g128", calibrated)
+ALONG = [[], ["mismatch_correction=true"], ["mismatch_correction=true", "transforms=[{name: awq}]"]]
+
+
+@pytest.mark.parametrize("changes", ALONG, ids=str)
+def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tmp_path, changes):
+    chosen = recipe.load("gptq-w4g128", [*calibrated, *changes])
     run.quantize(llama, chosen, tmp_path / "whole")
 
     def die(what, done, total):
@@ -253,8 +257,11 @@ def test_true_sequential_lets_later_sites_see_earlier_rounding(llama, calibrated
     assert not torch.equal(a[first.format("mlp.down_proj")], b[first.format("mlp.down_proj")])
 
 
-def test_a_layer_computed_once_gives_the_same_bytes_as_one_pass_for_each_site(llama, calibrated, tmp_path, monkeypatch):
-    chosen = recipe.load("gptq-w4g128", calibrated)
+@pytest.mark.parametrize("changes", ALONG, ids=str)
+def test_a_layer_computed_once_gives_the_same_bytes_as_one_pass_for_each_site(
+    llama, calibrated, tmp_path, monkeypatch, changes
+):
+    chosen = recipe.load("gptq-w4g128", [*calibrated, *changes])
     run.quantize(llama, chosen, tmp_path / "once")
     passes = []
     monkeypatch.setattr(memory, "available_bytes", lambda device: passes.append(device) or 0)
