@@ -97,12 +97,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all programs start from: the model's folder, its float GGUF file, an imatrix and the calibration tokens."""
+    """What all programs start from: the model's folder, the calibration tokens, a float GGUF file and an imatrix."""
 
     model: Path
+    tokens: Path
     gguf: Path | None
     imatrix: Path | None
-    tokens: Path
 
 
 class Log:
@@ -121,9 +121,13 @@ class Log:
                         "Give another --out."
                     )
             self.rows = {row["key"]: row for row in known["rows"] if row["program"] not in again}
+        self._write()
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["key"]] = row
+        self._write()
+
+    def _write(self) -> None:
         beside = self._path.with_suffix(".part")
         beside.write_text(json.dumps(self._about | {"rows": list(self.rows.values())}, indent=1) + "\n", "utf-8")
         beside.replace(self._path)
@@ -141,25 +145,29 @@ def once(path: Path, create: Callable[[Path], object]) -> Path:
     return path
 
 
-def prepare(args: argparse.Namespace) -> Prepared:
+def measured_model(args: argparse.Namespace) -> Path:
+    """Return the folder of the model to measure: the one given, or its copy with outlier channels."""
+    if not args.outliers:
+        return Path(args.model)
+    return once(args.out / f"{args.model.name}-outliers", lambda out: write_outliers(args.model, out))
+
+
+def prepare(args: argparse.Namespace, model: Path) -> Prepared:
     """Return what all programs start from, kept in the folder of the results."""
-    model = args.model
-    if args.outliers:
-        model = once(args.out / f"{args.model.name}-outliers", lambda out: write_outliers(args.model, out))
     tokenizer = data.load_tokenizer(model)
     context = Stream(open_model(model), torch.device("cpu"), weights=False).context
     source = data.Calibration(path=args.calib, sequences=args.sequences, length=args.length, seed=args.seed)
     text = data.calibration_tokens(source, tokenizer, context)
     tokens = once(args.out / "tokens.safetensors", lambda out: save_file({"tokens": text.tokens}, out))
     if not args.mixtures and not args.types:
-        return Prepared(model, None, None, tokens)
+        return Prepared(model, tokens, None, None)
     float_recipe = Recipe(name="f32", mixture={"name": "f32"}, formats=["gguf"])
     folder = once(args.out / "float", lambda out: api.quantize(model, float_recipe, out))
     (gguf,) = folder.glob("*.gguf")
     if args.imatrix == "llmquant":
         sizes = {"sequences": args.sequences, "length": args.length}
         imatrix = once(args.out / "imatrix.gguf", lambda out: api.imatrix(model, args.calib, out, **sizes))
-        return Prepared(model, gguf, imatrix, tokens)
+        return Prepared(model, tokens, gguf, imatrix)
     passages = args.out / "passages.txt"
     ids = text.tokens[:, int(text.bos) :].flatten()
     passages.write_text(tokenizer.decode(ids, clean_up_tokenization_spaces=False), "utf-8")
@@ -167,7 +175,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     command = [str(args.llama_cpp / "llama-imatrix"), "-m", str(gguf), "-f", str(passages), "-c", length]
     command += ["-b", length, "-ub", length, "-t", str(args.threads), "--no-ppl", "--output-format", "gguf", "-o"]
     imatrix = once(args.out / "imatrix.gguf", lambda out: run([*command, str(out)], args.threads, args.out))
-    return Prepared(model, gguf, imatrix, tokens)
+    return Prepared(model, tokens, gguf, imatrix)
 
 
 def run(command: list[str], threads: int, place: Path) -> tuple[float, float]:
@@ -284,7 +292,8 @@ def stored_bytes(path: Path) -> int:
 
 def measure(job: Job, args: argparse.Namespace, windows: Any, reference: evaluation.Reference) -> dict[str, Any]:
     """Return the row of a job: run, measured, and what it wrote removed."""
-    row = {"key": job.key} | asdict(job) | {"out": str(job.out), "error": None}
+    row = {"key": job.key} | asdict(job) | {"error": None}
+    del row["out"]  # what is there is removed
     if job.out.exists():
         shutil.rmtree(job.out)
     job.out.parent.mkdir(exist_ok=True)
@@ -358,10 +367,11 @@ def study(args: argparse.Namespace) -> None:
     check_disjoint({f"--{name}": getattr(args, name) for name in ("calib", "select", "text")})
     torch.set_num_threads(args.threads)
     (args.out / "scores").mkdir(parents=True, exist_ok=True)
-    prepared = prepare(args)
-    windows = evaluation.read_windows(prepared.model, args.text, "llama.cpp", args.max_tokens)
-    log = Log(args.out, about(args, prepared.model, windows.label), args.again)
-    reference = evaluation.Reference(prepared.model)
+    model = measured_model(args)
+    windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
+    log = Log(args.out, about(args, model, windows.label), args.again)
+    prepared = prepare(args, model)
+    reference = evaluation.Reference(model)
     if prepared.gguf is not None and "float" not in log.rows:
         row = {"key": "float", "kind": "float", "format": "f32", "program": "float", "version": commit(), "command": []}
         log.add(row | {"error": None} | measured(prepared.gguf, "float", args, windows, reference))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines), "utf-8")
     facts = [results.about for results in studies]
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    out.with_suffix(".json").write_text(without_folders(json.dumps(facts, indent=1)) + "\n", "utf-8")
     draw(studies, out.with_suffix(".svg"))
 
 
@@ -146,7 +147,7 @@ def of_model(results: Results) -> list[str]:
         f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, peers computing in "
         f"{about['peer_dtype']}, {about['threads']} thread(s). Protocol: {about['protocol']}.",
         "",
-        f"    {' '.join(about['command'])}",
+        f"    {without_folders(' '.join(about['command']))}",
         "",
         "Bytes: GGUF the whole file, integer groups everything stored for the quantized linears. ±: standard error; of "
         "perplexity and KLD over tokens, of comparisons paired and over windows of the text.",
@@ -163,10 +164,9 @@ def of_model(results: Results) -> list[str]:
             f"- {label(row['kind'], row['format'])}: {row['program']} has {row['compared_bytes']:,} bytes, "
             f"{other['program']} {other['compared_bytes']:,}: not compared."  # type: ignore[index]
         ]
-    lines += [
-        f"- {label(row['kind'], row['format'])}: {row['program']} failed: {row['error'].splitlines()[-1]}"
-        for row in results.failed
-    ]
+    for row in results.failed:
+        why = without_folders(row["error"].splitlines()[-1])
+        lines.append(f"- {label(row['kind'], row['format'])}: {row['program']} failed: {why}")
     return [*lines, *([""] if refused or results.failed else [])]
 
 
@@ -190,6 +190,15 @@ def cells(results: Results, row: Row, how: str) -> list[str]:
     else:
         line += ["theirs" if row is other else "", ""]
     return [*line, f"{row['seconds']:.1f}" if "seconds" in row else ""]
+
+
+def without_folders(text: str) -> str:
+    """Return a text with only the last part of every absolute path: where files lay is nobody's concern.
+
+    >>> without_folders("run /home/me/model --set text=/data/a.txt")
+    'run model --set text=a.txt'
+    """
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def label(kind: str, format_: str) -> str:
@@ -217,7 +226,7 @@ def draw(studies: Sequence[Results], path: Path) -> None:
             axes.set_ylabel("mean KLD from the float model, nats", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("size, MB", fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 TITLES = {"mixture": "GGUF mixtures", "pure": "GGUF, one type", "affine": "integer groups, linears only"}
