@@ -49,12 +49,12 @@ from safetensors.torch import save_file
 from splits import check_disjoint
 
 import llmquant
-from llmquant import api, data, evaluation, work
+from llmquant import api, data, evaluation, plugins, run, work
 from llmquant.errors import LlmquantError
 from llmquant.metrics import Scores
 from llmquant.packed import PackedCheckpoint, open_model
+from llmquant.protocols import Windows
 from llmquant.recipe import Recipe
-from llmquant.run import load_float
 from llmquant.stream import Stream
 
 MIXTURES = ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m")
@@ -165,8 +165,7 @@ def prepare(args: argparse.Namespace, model: Path) -> Prepared:
     folder = once(args.out / "float", lambda out: api.quantize(model, float_recipe, out))
     (gguf,) = folder.glob("*.gguf")
     if args.imatrix == "llmquant":
-        sizes = {"sequences": args.sequences, "length": args.length}
-        imatrix = once(args.out / "imatrix.gguf", lambda out: api.imatrix(model, args.calib, out, **sizes))
+        imatrix = once(args.out / "imatrix.gguf", lambda out: write_imatrix(model, source, out))
         return Prepared(model, tokens, gguf, imatrix)
     passages = args.out / "passages.txt"
     ids = text.tokens[:, int(text.bos) :].flatten()
@@ -174,11 +173,18 @@ def prepare(args: argparse.Namespace, model: Path) -> Prepared:
     length = str(args.length)
     command = [str(args.llama_cpp / "llama-imatrix"), "-m", str(gguf), "-f", str(passages), "-c", length]
     command += ["-b", length, "-ub", length, "-t", str(args.threads), "--no-ppl", "--output-format", "gguf", "-o"]
-    imatrix = once(args.out / "imatrix.gguf", lambda out: run([*command, str(out)], args.threads, args.out))
+    imatrix = once(args.out / "imatrix.gguf", lambda out: execute([*command, str(out)], args.threads, args.out))
     return Prepared(model, tokens, gguf, imatrix)
 
 
-def run(command: list[str], threads: int, place: Path) -> tuple[float, float]:
+def write_imatrix(model: Path, source: data.Calibration, out: Path) -> None:
+    """Write llmquant's own imatrix of the calibration sequences."""
+    exporter = plugins.load("exporters", "gguf", "format")
+    stats = run.square_means(model, source)
+    exporter.write_importance(out, run.load_config(model, False), stats, source.label, source.length)
+
+
+def execute(command: list[str], threads: int, place: Path) -> tuple[float, float]:
     """Run a command in a folder; return its wall time and processor time in seconds, or raise CommandError."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     environment["GPTQMODEL_CPU_WORKERS"] = str(max(2, threads))  # fewer than two, and it does not start
@@ -245,38 +251,39 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
     plain = {"bits": bits, "group_size": group, "sym": symmetric}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
     scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-    gptq = {"GPTQModifier": scheme | {"actorder": "static"}}
-    awq = {"AWQModifier": {}, "QuantizationModifier": scheme}
-    # GPTQModel packs AWQ in 16 bits only
-    programs: list[tuple[str, str, str, str | None, str, dict[str, Any]]] = [
-        ("GPTQModel GPTQ", "gptqmodel", GPTQMODEL, args.gptqmodel, args.peer_dtype, plain),
-        (
-            "GPTQModel GPTQ desc_act",
-            "gptqmodel",
-            GPTQMODEL,
-            args.gptqmodel,
-            args.peer_dtype,
-            plain | {"desc_act": True},
-        ),
-        ("GPTQModel AWQ", "gptqmodel", GPTQMODEL, args.gptqmodel, "float16", plain | {"method": "awq"}),
-        ("llm-compressor GPTQ", "llmcompressor", LLMCOMPRESSOR, args.llmcompressor, args.peer_dtype, gptq),
-        ("llm-compressor AWQ", "llmcompressor", LLMCOMPRESSOR, args.llmcompressor, args.peer_dtype, awq),
-        ("auto-round RTN", "auto-round", AUTOROUND, args.auto_round, args.peer_dtype, plain | {"iters": 0}),
-        ("auto-round", "auto-round", AUTOROUND, args.auto_round, args.peer_dtype, plain | {"iters": 200}),
-    ]
-    for program, package, script, python, dtype, settings in programs:
+    gptqmodel = {
+        "GPTQModel GPTQ": plain,
+        "GPTQModel GPTQ desc_act": plain | {"desc_act": True},
+        "GPTQModel AWQ": plain | {"method": "awq"},
+    }
+    llmcompressor = {
+        "llm-compressor GPTQ": {"GPTQModifier": scheme | {"actorder": "static"}},
+        "llm-compressor AWQ": {"AWQModifier": {}, "QuantizationModifier": scheme},
+    }
+    auto_round = {"auto-round RTN": plain | {"iters": 0}, "auto-round": plain | {"iters": 200}}
+    for package, python, script, programs in (
+        ("gptqmodel", args.gptqmodel, GPTQMODEL, gptqmodel),
+        ("llmcompressor", args.llmcompressor, LLMCOMPRESSOR, llmcompressor),
+        ("auto-round", args.auto_round, AUTOROUND, auto_round),
+    ):
         if python is None:
             continue
-        out = folder / f"affine-{name}-{program}".replace(" ", "-")
-        path = args.out / f"{package}.py"
+        path = args.out / f"run-{package}.py"  # not the name of a module
         path.write_text(script, "utf-8")
-        inputs = [str(prepared.model), str(prepared.tokens), str(out), dtype, json.dumps(settings)]
-        yield Job("affine", name, program, version(python, package), [python, str(path), *inputs], out)
+        number = version(python, package)
+        for program, settings in programs.items():
+            out = folder / f"affine-{name}-{program}".replace(" ", "-")
+            dtype = "float16" if program == "GPTQModel AWQ" else args.peer_dtype  # it packs AWQ in 16 bits only
+            inputs = [str(prepared.model), str(prepared.tokens), str(out), dtype, json.dumps(settings)]
+            yield Job("affine", name, program, number, [python, str(path), *inputs], out)
 
 
 def written(out: Path) -> list[Path]:
-    """Return the GGUF files, or else the model folders, that a program wrote."""
-    return sorted(out.rglob("*.gguf")) or [config.parent for config in sorted(out.rglob("config.json"))]
+    """Return the GGUF files, or else the model folders, that a program wrote; raise CommandError for none."""
+    found = sorted(out.rglob("*.gguf")) or [config.parent for config in sorted(out.rglob("config.json"))]
+    if not found:
+        raise CommandError("it ended well and wrote no model")
+    return found
 
 
 def stored_bytes(path: Path) -> int:
@@ -290,7 +297,7 @@ def stored_bytes(path: Path) -> int:
     return sum(checkpoint.infos[name].bytes for parts in checkpoint.packed.values() for name in parts.values())
 
 
-def measure(job: Job, args: argparse.Namespace, windows: Any, reference: evaluation.Reference) -> dict[str, Any]:
+def measure(job: Job, args: argparse.Namespace, windows: Windows, reference: evaluation.Reference) -> dict[str, Any]:
     """Return the row of a job: run, measured, and what it wrote removed."""
     row = {"key": job.key} | asdict(job) | {"error": None}
     del row["out"]  # what is there is removed
@@ -301,7 +308,7 @@ def measure(job: Job, args: argparse.Namespace, windows: Any, reference: evaluat
         job.out.mkdir()
     place = SOURCE if job.program.startswith("llmquant") else args.out  # GPTQModel leaves a folder `logs` there
     try:
-        row["seconds"], row["processor_seconds"] = run(job.command, args.threads, place)
+        row["seconds"], row["processor_seconds"] = execute(job.command, args.threads, place)
         path = min(written(job.out), key=stored_bytes)
         row |= measured(path, job.key, args, windows, reference)
     except (CommandError, LlmquantError) as error:
@@ -311,7 +318,7 @@ def measure(job: Job, args: argparse.Namespace, windows: Any, reference: evaluat
 
 
 def measured(
-    path: Path, key: str, args: argparse.Namespace, windows: Any, reference: evaluation.Reference
+    path: Path, key: str, args: argparse.Namespace, windows: Windows, reference: evaluation.Reference
 ) -> dict[str, Any]:
     """Return sizes and figures of a file; the figures of its tokens go into the folder of scores."""
     found: dict[str, Any] = {"compared_bytes": stored_bytes(path)}
@@ -348,7 +355,7 @@ def llama_version(folder: Path) -> str:
 def about(args: argparse.Namespace, model: Path, protocol: str) -> dict[str, Any]:
     """Return what holds for all rows."""
     texts = {name: getattr(args, name) for name in ("calib", "select", "text")}
-    checkpoint = load_float(model)
+    checkpoint = run.load_float(model)
     files = ["config.json", *sorted({info.file for info in checkpoint.infos.values()})]
     return {
         "model": args.model.name + (", outliers" if args.outliers else ""),
@@ -373,8 +380,9 @@ def study(args: argparse.Namespace) -> None:
     prepared = prepare(args, model)
     reference = evaluation.Reference(model)
     if prepared.gguf is not None and "float" not in log.rows:
-        row = {"key": "float", "kind": "float", "format": "f32", "program": "float", "version": commit(), "command": []}
-        log.add(row | {"error": None} | measured(prepared.gguf, "float", args, windows, reference))
+        named = {"key": "float", "kind": "float", "format": "f32", "program": "float", "version": commit()}
+        row = measured(prepared.gguf, "float", args, windows, reference)
+        log.add(named | {"command": [], "error": None} | row)
     for job in jobs(args, prepared):
         if job.key in log.rows:
             continue
