@@ -63,12 +63,12 @@ TYPES = {"q2_k": "q2_k", "q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s", "
 AFFINE = {"w4g128": (4, 128, True), "w3g128": (3, 128, False), "w2g64": (2, 64, False)}
 """A format -> bits, columns of a group, symmetric."""
 VARIANTS = {
-    "rounding": ["algorithm={name: rtn}", "imatrix=$imatrix"],
-    "default": ["algorithm={name: gptq, actorder: true}"],
+    "rounding": ["--set", "algorithm={name: rtn}", "--set", "imatrix=$imatrix"],
+    "default": ["--set", "algorithm={name: gptq, actorder: true}"],
 }
-"""A name -> changes to a recipe of nothing but a format and the calibration text.
+"""A name -> options of `llmquant quantize` for a recipe of nothing but a format and the calibration text.
 
-$imatrix: the file llama-quantize gets, or null for formats other than GGUF. $select: the text to choose on.
+$imatrix: the file that llama-quantize gets, or null for formats other than GGUF. $select: the text to choose on.
 $format: "q4_k_m", "w4g128".
 """
 SOURCE = Path(llmquant.__file__).parents[1]
@@ -226,10 +226,10 @@ def ours(
     imatrix = "null" if kind == "affine" else str(prepared.imatrix)
     for variant in args.ours:
         known, *more = variant.split("+")
-        changes = [Template(c).substitute(imatrix=imatrix, select=args.select, format=name) for c in VARIANTS[known]]
-        sets = [word for change in (*changes, *more) for word in ("--set", change)]
+        options = [Template(x).substitute(imatrix=imatrix, select=args.select, format=name) for x in VARIANTS[known]]
+        options += [word for change in more for word in ("--set", change)]
         out = folder / f"{kind}-{name}-llmquant-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
-        command = [sys.executable, "-m", "llmquant", "quantize", str(prepared.model), str(recipe), *sets]
+        command = [sys.executable, "-m", "llmquant", "quantize", str(prepared.model), str(recipe), *options]
         command += ["--no-eval", "--out", str(out)]
         yield Job(kind, name, f"llmquant {variant}", commit(), command, out)
 
@@ -251,11 +251,9 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
     plain = {"bits": bits, "group_size": group, "sym": symmetric}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
     scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-    gptqmodel = {
-        "GPTQModel GPTQ": plain,
-        "GPTQModel GPTQ desc_act": plain | {"desc_act": True},
-        "GPTQModel AWQ": plain | {"method": "awq"},
-    }
+    gptqmodel = {"GPTQModel GPTQ": plain, "GPTQModel GPTQ desc_act": plain | {"desc_act": True}}
+    if bits == 4:  # its AWQ packs no other
+        gptqmodel["GPTQModel AWQ"] = plain | {"method": "awq"}
     llmcompressor = {
         "llm-compressor GPTQ": {"GPTQModifier": scheme | {"actorder": "static"}},
         "llm-compressor AWQ": {"AWQModifier": {}, "QuantizationModifier": scheme},
@@ -273,7 +271,7 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
         number = version(python, package)
         for program, settings in programs.items():
             out = folder / f"affine-{name}-{program}".replace(" ", "-")
-            dtype = "float16" if program == "GPTQModel AWQ" else args.peer_dtype  # it packs AWQ in 16 bits only
+            dtype = "float16" if program == "GPTQModel AWQ" else args.peer_dtype  # the scales of its AWQ have 16 bits
             inputs = [str(prepared.model), str(prepared.tokens), str(out), dtype, json.dumps(settings)]
             yield Job("affine", name, program, number, [python, str(path), *inputs], out)
 

@@ -223,7 +223,7 @@ def draw(studies: Sequence[Results], path: Path) -> None:
         for kind, axes in zip(kinds, line, strict=True):
             plot(axes, [row for row in results.rows if row["kind"] == kind], programs)
             axes.set_title(f"{results.model}: {TITLES[kind]}", fontsize=9)
-            axes.set_ylabel("mean KLD from the float model, nats", fontsize=8)
+            axes.set_ylabel("mean KLD from the float model, decoded, nats", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("size, MB", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
