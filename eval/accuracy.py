@@ -252,8 +252,8 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
     scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
     gptqmodel = {"GPTQModel GPTQ": plain, "GPTQModel GPTQ desc_act": plain | {"desc_act": True}}
-    if bits == 4:  # its AWQ packs no other
-        gptqmodel["GPTQModel AWQ"] = plain | {"method": "awq"}
+    if bits == 4:  # its AWQ packs no other, and an AWQ file has zero points, used or not
+        gptqmodel["GPTQModel AWQ"] = plain | {"method": "awq", "sym": False}
     llmcompressor = {
         "llm-compressor GPTQ": {"GPTQModifier": scheme | {"actorder": "static"}},
         "llm-compressor AWQ": {"AWQModifier": {}, "QuantizationModifier": scheme},
