@@ -356,7 +356,7 @@ def about(args: argparse.Namespace, model: Path, protocol: str) -> dict[str, Any
     checkpoint = run.load_float(model)
     files = ["config.json", *sorted({info.file for info in checkpoint.infos.values()})]
     return {
-        "model": args.model.name + (", outliers" if args.outliers else ""),
+        "model": (args.name or args.model.name) + (", outliers" if args.outliers else ""),
         "files": work.fingerprint_of_files(model, files),
         "outliers": args.outliers,
         "texts": {n: {"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for n, p in texts.items()},
@@ -398,6 +398,7 @@ def main() -> None:
     parser.add_argument("--select", type=path, help="text that variants may choose on")
     parser.add_argument("--text", type=path, help="text to measure on")
     parser.add_argument("--llama-cpp", type=path, help="the folder of llama-quantize and llama-imatrix")
+    parser.add_argument("--name", help="what reports call the model (default: its folder's name)")
     parser.add_argument("--outliers", action="store_true", help="measure the copy with outlier channels")
     parser.add_argument("--gptqmodel", help="the interpreter of an environment with GPTQModel")
     parser.add_argument("--llmcompressor", help="the interpreter of an environment with llm-compressor")
