@@ -58,14 +58,36 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+if not torch.accelerator.is_available():  # what AWQ pins is for copies to one, and without one it fails (0.14.0.1)
+    IntermediatesCache.pin_memory = lambda cache, batch, names=None: None
 model_path, tokens, out, dtype, settings = sys.argv[1:6]
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
 rows = load_file(tokens)["tokens"]
 loader = DataLoader([{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows], batch_size=1)
-modifier = GPTQModifier(targets="Linear", ignore=["lm_head"], scheme="W4A16", **json.loads(settings))
-oneshot(model=model, dataset=loader, recipe=modifier, num_calibration_samples=len(rows))
+known = {kind.__name__: kind for kind in (GPTQModifier, AWQModifier, QuantizationModifier)}
+modifiers = [known[name](**given) for name, given in json.loads(settings).items()]
+oneshot(model=model, dataset=loader, recipe=modifiers, num_calibration_samples=len(rows))
 model.save_pretrained(out, save_compressed=True)
 AutoTokenizer.from_pretrained(model_path).save_pretrained(out)
+"""
+
+AUTOROUND = """
+import json, sys
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model_path, tokens, out, dtype, settings = sys.argv[1:6]
+model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+rows = load_file(tokens)["tokens"]
+loader = DataLoader([{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows], batch_size=1)
+text = {"dataset": loader, "nsamples": len(rows), "seqlen": rows.shape[1]}
+rounder = AutoRound(model, AutoTokenizer.from_pretrained(model_path), device_map="cpu", **text, **json.loads(settings))
+rounder.quantize_and_save(out, format="auto_gptq")
 """
 
 DECODE = """
@@ -149,8 +171,9 @@ def main() -> None:
                 runs["GPTQModel no desc_act"] = theirs(seed, args.gptqmodel, GPTQMODEL, setting)
                 runs["GPTQModel desc_act"] = theirs(seed, args.gptqmodel, GPTQMODEL, setting | {"desc_act": True})
             if args.llmcompressor:
-                runs["llm-compressor"] = theirs(seed, args.llmcompressor, LLMCOMPRESSOR, {})
-                runs["llm-compressor no actorder"] = theirs(seed, args.llmcompressor, LLMCOMPRESSOR, {"actorder": None})
+                for run, more in (("llm-compressor", {}), ("llm-compressor no actorder", {"actorder": None})):
+                    given = {"targets": "Linear", "ignore": ["lm_head"], "scheme": "W4A16", **more}
+                    runs[run] = theirs(seed, args.llmcompressor, LLMCOMPRESSOR, {"GPTQModifier": given})
             return {name: run for name, run in runs.items() if " no " not in name or not args.actorder_only}
 
         runs = programs(0)

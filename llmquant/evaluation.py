@@ -107,11 +107,13 @@ def evaluate(
     trust_remote_code: bool = False,
     runtime: Runtime = "torch",
     progress: Progress = silent,
+    scores: Scores | None = None,
 ) -> Row:
     """Return the figures of one model, float or packed, on the windows of a text.
 
     runtime: "torch" decodes the weights and computes in float, or in integers where the file says that a runtime
         does; "llama.cpp" lets that program run a GGUF file.
+    scores: collects here, empty so far, for who wants the figures of every token.
     """
     started = time.monotonic()
     memory.reset_peak()
@@ -134,7 +136,7 @@ def evaluate(
         counter = _counter(progress, Path(path).name, stream.layers)
         mine = theirs if itself and theirs is not None else stream.hidden(windows.tokens, counter)
         predict = partial(_predict, stream, windows, mine)
-    scores = Scores()
+    scores = Scores() if scores is None else scores
     count = len(windows.tokens)
     for i in range(count):
         progress("scoring", i, count)

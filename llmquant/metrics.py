@@ -72,15 +72,25 @@ class Scores:
                 "The model is damaged, or its dtype is too narrow for its activations."
             )
 
+    @property
+    def nll(self) -> Float[Tensor, " tokens"]:
+        """The negative log-likelihood of every token so far, in nats."""
+        return torch.cat(self._nll).double()
+
+    @property
+    def kld(self) -> Float[Tensor, " tokens"]:
+        """The KL divergence from the reference at every token so far, in nats; empty without a reference."""
+        return torch.cat(self._kld).double() if self._kld else torch.empty(0, dtype=torch.float64)
+
     def result(self, units: float | None = None) -> Result:
         """Return the figures. units: what the log-likelihood is shared among (words), if not the tokens."""
-        nll = torch.cat(self._nll).double()
+        nll = self.nll
         share = len(nll) / units if units else 1.0
         perplexity = _exp(float(nll.mean()) * share)
         result = Result(perplexity, perplexity * share * _standard_error(nll))
         if not self._kld:
             return result
-        kld = torch.cat(self._kld).double()
+        kld = self.kld
         reference = torch.cat(self._nll_reference).double()
         return Result(
             result.perplexity,

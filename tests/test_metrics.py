@@ -30,6 +30,8 @@ def test_figures_equal_float64_formulas():
     nll_reference = -q[torch.arange(300), targets].log()
     assert result.perplexity == pytest.approx(float(nll.mean().exp()), rel=1e-5)
     assert result.perplexity_ratio == pytest.approx(float((nll.mean() - nll_reference.mean()).exp()), rel=1e-5)
+    assert torch.allclose(scores.nll, nll, rtol=1e-4)
+    assert torch.allclose(scores.kld, each, rtol=1e-3, atol=1e-6)
     assert result.kld_mean == pytest.approx(float(each.mean()), rel=1e-5)
     assert result.kld_error == pytest.approx(float(each.std() / math.sqrt(300)), rel=1e-4)
     assert result.kld_p99 == pytest.approx(float(each.sort().values[296]), rel=1e-4)
