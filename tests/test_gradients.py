@@ -78,4 +78,4 @@ def test_the_information_at_the_embedding_is_that_of_autograd(name, save_model, 
 def test_no_more_tokens_are_used_than_stated(llama, monkeypatch):
     monkeypatch.setattr(gradients, "TOKENS", 40)
     tokens = torch.randint(2, VOCABULARY, (9, 16), generator=torch.Generator().manual_seed(1))
-    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens, also_head).tokens == 32
+    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens, False).tokens == 32

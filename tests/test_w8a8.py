@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from llmquant import api, calibrate, demo, evaluation, recipe, run
+from llmquant import api, calibrate, demo, evaluation, layers, recipe, run
 from llmquant.activations import ActivationScheme
 from llmquant.errors import CheckpointError, FormatError, RecipeError
 from llmquant.exporters import compressed_tensors as ct
@@ -164,7 +164,7 @@ def test_evaluation_runs_the_linears_as_a_runtime_does(name, written, llama, tex
 def test_the_run_itself_sees_what_the_runtime_computes(llama, text, tmp_path, monkeypatch):
     """The quantized layers' last output, as calibration leaves it, against the written folder's."""
     kept = []
-    monkeypatch.setattr(run, "head_stats", lambda stream, tokens, x, plan: kept.append((tokens, x)) or 1 / 0)
+    monkeypatch.setattr(layers, "head_stats", lambda stream, tokens, x, plan, aimed: kept.append((tokens, x)) or 1 / 0)
     chosen = recipe.load("w8a8-static", [*text, "tied_embeddings=untie", "ignore=[]"])
     with pytest.raises(ZeroDivisionError):
         run.quantize(llama, chosen, tmp_path / "out", tmp_path / "work")
