@@ -64,7 +64,15 @@ AFFINE = {"w4g128": (4, 128, True), "w3g128": (3, 128, False), "w2g64": (2, 64, 
 """A format -> bits, columns of a group, symmetric."""
 VARIANTS = {
     "rounding": ["--set", "algorithm={name: rtn}", "--set", "imatrix=$imatrix"],
-    "default": ["--set", "algorithm={name: gptq, actorder: true}"],
+    "gptq": ["--set", "algorithm={name: gptq, actorder: true}"],
+    "default": [
+        "--set",
+        "algorithm={name: gptq, actorder: true}",
+        "--set",
+        "transforms=[{name: awq, clip: false}]",
+        "--set",
+        "mismatch_correction=true",
+    ],
 }
 """A name -> options of `llmquant quantize` for a recipe of nothing but a format and the calibration text.
 

@@ -25,6 +25,8 @@ RECIPES = (
     "gguf-q4_k_m",
     "awq-q4_k_m",
     "gptq-q4_k_m",
+    "gguf-q2_k",
+    "gptq-q2_k",
     "nf4",
     "fp4",
     "gptq-nf4",
