@@ -171,6 +171,23 @@ def test_gptq_on_a_mixture_diverges_less_than_rounding(texts, windows, tmp_path)
     assert divergence["gptq-q3_k_m"] < 0.8 * divergence["gguf-q3_k_m"]
 
 
+def test_an_embedding_rounded_by_its_information_diverges_less(texts, windows, tmp_path):
+    reference = evaluation.Reference(demo.MODEL)
+    changes = [
+        f"calibration={{path: {texts / 'calibration.txt'}, sequences: 16, length: 256}}",
+        "tied_embeddings=untie",
+        "transforms=[]",
+        "mismatch_correction=false",
+    ]
+    divergence = []
+    for algorithm in ("rtn", "gptq"):
+        rules = "[{match: '*.layers.*', keep: true}, {match: lm_head, keep: true}]"
+        chosen = recipe.load("gptq-q3_k_m", [*changes, f"rules={rules}", f"algorithm={{name: {algorithm}}}"])
+        run.quantize(demo.MODEL, chosen, tmp_path / algorithm)
+        divergence.append(evaluation.evaluate(tmp_path / algorithm, windows, reference).kld_mean)
+    assert divergence[1] < 0.7 * divergence[0]
+
+
 def test_an_imatrix_that_was_written_is_importance_again(texts, windows, tmp_path):
     path = api.imatrix(demo.MODEL, texts / "calibration.txt", tmp_path / "im.gguf", sequences=16, length=256)
     known = imatrix.read(path)

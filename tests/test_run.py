@@ -8,7 +8,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, demo, evaluation, memory, recipe, run
+from llmquant import api, demo, evaluation, gradients, memory, recipe, run
 from llmquant import plan as planning
 from llmquant.errors import CheckpointError, LlmquantError, OutputError, RecipeError
 from llmquant.packed import open_model
@@ -68,6 +68,32 @@ def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(llama, calibrated,
     assert report.resumed_layers == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_that_died_does_not_round_the_embedding_again(llama, calibrated, tmp_path, monkeypatch, step):
+    chosen = recipe.load("gptq-q4_k_m", [*calibrated[:3], "mixture={name: q4_0}"])
+    run.quantize(llama, chosen, tmp_path / "whole")
+
+    def die(what, done, total):
+        if (what, done) == ("quantizing layers", step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    monkeypatch.delattr(gradients, "embedding_stats")
+    run.quantize(llama, chosen, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_layers_are_calibrated_on_what_the_rounded_embedding_gives(llama, calibrated, tmp_path):
+    changes = [*calibrated[:3], "mixture={name: q4_0}", "transforms=[]", "mismatch_correction=false"]
+    keep = "rules=[{match: model.embed_tokens, keep: true}]"
+    for name, more in (("rounded", []), ("float", [keep])):
+        run.quantize(llama, recipe.load("gptq-q4_k_m", [*changes, *more]), tmp_path / name, tmp_path / f"{name}.work")
+    rounded, kept = (load_file(tmp_path / f"{x}.work" / "layer-00000.safetensors") for x in ("rounded", "float"))
+    assert rounded.keys() == kept.keys()
+    assert not torch.equal(*(x["model.layers.0.self_attn.q_proj:codes"] for x in (rounded, kept)))
 
 
 def test_a_work_folder_of_another_recipe_is_refused_and_the_difference_named(llama, calibrated, tmp_path):
