@@ -202,8 +202,10 @@ def test_an_imatrix_that_was_written_is_importance_again(texts, windows, tmp_pat
     metadata = describe(tmp_path / "1")["metadata"]
     assert metadata["quantize.imatrix.entries_count"] == 42
     assert metadata["quantize.imatrix.dataset"] == "calibration.txt"
-    with pytest.raises(RecipeError, match="the algorithm needs more than an imatrix tells"):
-        api.plan(demo.MODEL, "gptq-q4_k_m", changes=[f"imatrix={path}"])
+    changes = [f"imatrix={path}", "transforms=[]", "mismatch_correction=false"]
+    for less, why in ((0, "transforms need text"), (1, "is corrected on text"), (2, "algorithm needs more")):
+        with pytest.raises(RecipeError, match=why):
+            api.plan(demo.MODEL, "gptq-q4_k_m", changes=changes[: less + 1])
 
 
 def test_a_work_folder_of_an_imatrix_with_other_content_is_refused(tmp_path):
