@@ -27,7 +27,9 @@ from llmquant.stats import Stats
 from llmquant.stream import Stream
 
 TOKENS = 8192  # that gradients are taken of
-SHRINK = 0.1  # of F towards a multiple of the identity: no text has all tokens, and rare ones have gradients too
+SHRINK = 0.1
+"""Of F towards a multiple of the identity: no text has all tokens, and coarse grids leave the range of a quadratic. On
+held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
 
 
 def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], also_head: bool, seed: int = 0) -> Stats:
