@@ -217,11 +217,11 @@ def score_linears(spec: ModelSpec) -> frozenset[str]:
 
 
 @torch.no_grad()
-def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) -> None:
+def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) -> Float[Tensor, " rows"]:
     """Multiply the columns of a site by ``scales`` > 0, and what feeds them by 1/scales.
 
-    The layer computes the same function afterwards. Columns that share a producer
-    row must share their scale.
+    Returns what each output of the module that feeds them was divided by. The layer computes the same function
+    afterwards. Columns that share a producer row must share their scale.
     """
     rows = producer_rows(layer, site)
     assert site.fold is not None
@@ -239,3 +239,4 @@ def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) ->
         producer.get_parameter("bias").div_(divisor)
     for name in site.linears:
         weight_of(layer.get_submodule(name)).mul_(scales)
+    return divisor

@@ -1,4 +1,4 @@
-"""How much the model's predictions mind an error in what the token embedding gives.
+"""How much the model's predictions mind an error in what the token embedding, or a linear, gives.
 
 A row of the embedding is not multiplied with activations, so there is no Hessian of
 inputs. What it gives enters the residual stream, though, where some directions
@@ -10,57 +10,122 @@ the model diverges by about e F eᵀ / 2 nats a token, with the Fisher informati
 
 (Martens 2014, https://arxiv.org/abs/1412.1193, section 5). That has the form of an
 algorithm's own objective, so F stands in for the Hessian, and error feedback moves
-a row's rounding errors into directions that nobody looks at.
+a row's rounding errors into directions that nobody looks at. For a linear, whose inputs have a Hessian, F of its
+outputs tells which of them can absorb each other's errors (``algorithms.gptq``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmquant import calibrate, memory
 from llmquant.stats import Stats
-from llmquant.stream import Stream
+from llmquant.stream import BATCH_TOKENS, Stream
 
+ROWS = 512  # whose outputs are seen together
 TOKENS = 8192  # that gradients are taken of
 SHRINK = 0.1
 """Of F towards a multiple of the identity: no text has all tokens, and coarse grids leave the range of a quadratic. On
 held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
 
 
-def embedding_stats(stream: Stream, tokens: Int[Tensor, "sequences time"], also_head: bool, seed: int = 0) -> Stats:
-    """Return the statistics with which an algorithm rounds the embedding's rows: the Fisher information as Hessian.
+@dataclass(frozen=True)
+class LayerInformation:
+    """Fisher information of the outputs of a layer's linears, and of its own.
+
+    linears: by name in the layer; of ``ROWS`` rows after the other.
+    layer: every token's error as a share of the token's size.
+    """
+
+    linears: Mapping[str, tuple[Float[Tensor, "_n _n"], ...]]
+    layer: Float[Tensor, "hidden hidden"]
+
+
+@dataclass(frozen=True)
+class Information:
+    """Fisher information of what the embedding gives, as an algorithm's statistics, and of the layers' outputs."""
+
+    embedding: Stats
+    layers: list[LayerInformation]
+
+
+def measure(
+    stream: Stream,
+    tokens: Int[Tensor, "sequences time"],
+    also_head: bool,
+    linears: Sequence[str] = (),
+    seed: int = 0,
+) -> Information:
+    """Return how much the model minds errors of the embedding, and of some linears of every layer.
 
     also_head: the embedding is the output matrix too. What that use costs is added: E[(1 - sum(p²)) h hᵀ] of the
         activations h that it reads and the probabilities p that it gives, as an error z of a logit with the
         probability p costs p (1 - p) z² / 2.
-    tokens: the first ``TOKENS`` of them are used. The float model computes them forth and back, as many sequences at
-        a time as there is memory for what every layer reads.
+    tokens: the first ``TOKENS`` of them are used. The float model computes them forth and back, as many batches at a
+        time as there is memory for what every layer reads; that does not change the sums.
     """
     tokens = tokens[: max(TOKENS // tokens.shape[1], 1)]
     generator = torch.Generator(stream.device).manual_seed(seed)
     total = torch.zeros(stream.hidden_size, stream.hidden_size, device=stream.device)
+    outputs: list[dict[str, list[Tensor]]] = [{} for _ in range(stream.layers)]
+    layers = [torch.zeros_like(total) for _ in outputs]
     layer_bytes = tokens.shape[1] * stream.hidden_size * stream.dtype.itemsize
-    at_once = memory.available_bytes(stream.device) // (4 * stream.layers * layer_bytes)
-    for part in torch.split(tokens, max(at_once, 1)):
-        for of_embedding, of_head in _gradients(stream, part, generator):
+    batch = max(BATCH_TOKENS // tokens.shape[1], 1)
+    batches = memory.available_bytes(stream.device) // (4 * stream.layers * layer_bytes * batch)
+
+    def see(index: int, name: str | None, gradient: Float[Tensor, "tokens rows"]) -> None:
+        if name is None:
+            layers[index].addmm_(gradient.T, gradient)
+            return
+        parts = torch.split(gradient, ROWS, dim=1)
+        if name not in outputs[index]:
+            outputs[index][name] = [gradient.new_zeros(part.shape[1], part.shape[1]) for part in parts]
+        for of_part, part in zip(outputs[index][name], parts, strict=True):
+            of_part.addmm_(part.T, part)
+
+    for part in torch.split(tokens, batch * max(batches, 1)):
+        for of_embedding, of_head in _gradients(stream, part, generator, linears, see):
             total.addmm_(of_embedding.T, of_embedding)
             if also_head:
                 total.addmm_(of_head.T, of_head)
-    fisher = total / tokens.numel()
-    fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
+    fisher = _shrunk(total / tokens.numel())
     square_mean = fisher.diagonal().clone()
-    return Stats(fisher, square_mean, square_mean.sqrt(), tokens.numel())
+    return Information(
+        Stats(fisher, square_mean, square_mean.sqrt(), tokens.numel()),
+        [
+            LayerInformation(
+                {name: tuple(_shrunk(part / tokens.numel()) for part in parts) for name, parts in of_linears.items()},
+                _shrunk(of_layer / tokens.numel()),
+            )
+            for of_linears, of_layer in zip(outputs, layers, strict=True)
+        ],
+    )
+
+
+def _shrunk(fisher: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
+    return fisher
 
 
 def _gradients(
-    stream: Stream, tokens: Int[Tensor, "sequences time"], generator: torch.Generator
+    stream: Stream,
+    tokens: Int[Tensor, "sequences time"],
+    generator: torch.Generator,
+    linears: Sequence[str],
+    see: Callable[[int, str | None, Tensor], None],
 ) -> Iterator[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]]:
-    """Yield for each batch its gradients at the embedding, and what the output matrix reads, weighted."""
+    """Yield for each batch its gradients at the embedding, and what the output matrix reads, weighted.
+
+    see: told the gradients [tokens, rows] at the outputs of each layer's ``linears``, and (name None) at the layer's
+        own, times each token's size.
+    """
     activations = stream.start(tokens)
     read = []  # by every layer, batch by batch
     for index in range(stream.layers):
@@ -76,15 +141,37 @@ def _gradients(
         ]
         gradients.append(torch.cat([gradient for gradient, _ in ends]))
         heads.append(torch.cat([head for _, head in ends]))
+    given = activations.batches  # by the layer
     for index in reversed(range(stream.layers)):
+        for y, gradient in zip(given, gradients, strict=True):
+            sizes = y.float().square().mean(-1, keepdim=True).sqrt()
+            see(index, None, (gradient.float() * sizes).flatten(0, 1))
+        given = read.pop()
         with stream.layer(index) as layer:
-            for i, x in enumerate(read.pop()):
+            for i, x in enumerate(given):
                 forward = partial(calibrate.run_layer, layer, call=activations.call(x, index))
-                gradients[i] = _pulled_back(forward, x, gradients[i])
+                with _kept(layer, linears) as outputs:
+                    gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
+                for name, gradient in zip(outputs, others, strict=True):
+                    see(index, name, gradient.flatten(0, -2).float())
     for of_batch, gradient, head in zip(batches, gradients, heads, strict=True):
         x = stream.model.get_submodule(stream.spec.embed)(of_batch)
-        embedded = _pulled_back(partial(_first_input, stream, of_batch), x, gradient)
+        (embedded,) = _pulled_back(partial(_first_input, stream, of_batch), x, gradient, {})
         yield embedded.flatten(0, 1).float(), head
+
+
+@contextmanager
+def _kept(layer: nn.Module, linears: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Give a mapping that gets the outputs of some linears, as part of the graph, when the layer is computed."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, _linear: nn.Module, _inputs: object, output: Tensor) -> None:
+        outputs[name] = output
+
+    with ExitStack() as hooks:
+        for name in linears:
+            hooks.enter_context(layer.get_submodule(name).register_forward_hook(partial(keep, name)))
+        yield outputs
 
 
 def _at_the_end(
@@ -105,12 +192,15 @@ def _at_the_end(
     return gradient, read * (1 - p.square().sum(1, keepdim=True)).sqrt()
 
 
-def _pulled_back(forward: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient at x from that at forward(x)."""
+def _pulled_back(
+    forward: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor, outputs: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Return the gradients at x, and at the ``outputs`` that forward(x) leaves, from that at forward(x)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(forward(x), x, gradient)
-    return found
+        y = forward(x)
+        at = [x, *outputs.values()]
+        return list(torch.autograd.grad(y, at, gradient, materialize_grads=True))
 
 
 def _first_input(

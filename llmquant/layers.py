@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant import activations as activation_ranges
-from llmquant import calibrate, gradients, memory, mismatch, noise, plugins, work
+from llmquant import calibrate, gradients, learned, memory, mismatch, noise, plugins, work
 from llmquant import plan as planning
 from llmquant.activations import Inputs
 from llmquant.errors import CalibrationError, LlmquantError
@@ -35,11 +35,14 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
 
     The activations are those of the quantized model. Where a mismatch is corrected, the float model's go along.
     """
-    aimed = stream.start(tokens) if plan.recipe.mismatch_correction else None
+    along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
+    aimed = stream.start(tokens) if along else None
     outside = [x for x in plan.of_layer(None) if x.grid]
+    information = _keep_information(plan, stream, log, tokens)
     for linear in (x for x in outside if x.lookup):
         if not log.has(linear.part):
-            _save_outside(log, linear, stream.embedding_weight(), lookup_stats(plan, stream, linear, tokens))
+            stats = lookup_stats(plan, stream, linear, tokens, information)
+            _save_outside(log, linear, stream.embedding_weight(), stats)
         stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
     heads = [x for x in outside if not x.lookup and not log.has(x.part)]
     activations = stream.start(tokens)
@@ -63,27 +66,87 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
             goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
             told: dict[str, Any] = {}
             floats: dict[str, Tensor] = {}
+            known = log.information(index) if plan.needs == "fisher" else None
+            outputs = dict(known.linears) if known else {}
             if plan.recipe.transforms:
-                floats, told, scales = _transform_layer(plan, stream, layer, index, activations)
+                floats, told, scales = _transform_layer(plan, stream, layer, index, activations, outputs)
                 if goal is not None:
                     goal.scales = scales
-            done, records = _quantize_layer(plan, stream, layer, index, activations, goal, not last)
+            with_goal = goal if plan.recipe.mismatch_correction else None
+            learns = plan.recipe.learned_rounding is not None
+            done, records, targets = _quantize_layer(
+                plan, stream, layer, index, activations, with_goal, outputs, not last and not learns
+            )
+            if learns:
+                assert goal is not None
+                assert known is not None
+                stream.run(goal.layer, index, goal.activations)
+                done, records = _learned(plan, stream, layer, index, activations, goal, known, done, records, targets)
+                stream.run(layer, index, activations)
             log.save(index, done, {name: record | told.get(name, {}) for name, record in records.items()}, floats)
+            log.drop_information(index)
     for linear in heads:
         _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aimed))
     progress("quantizing layers", plan.layers, plan.layers)
 
 
 def _save_outside(log: work.Work, linear: Linear, weight: Tensor, stats: Stats) -> None:
-    done, records = quantize_together([linear], [weight], stats)
+    done, records, _ = quantize_together([linear], [weight], stats)
     log.save(linear.part, done, records)
 
 
-def lookup_stats(plan: Plan, stream: Stream, linear: Linear, tokens: Tensor) -> Stats:
+def _learned(
+    plan: Plan,
+    stream: Stream,
+    layer: nn.Module,
+    index: int,
+    activations: Activations,
+    goal: Goal,
+    known: gradients.LayerInformation,
+    done: Mapping[str, QuantizedTensor],
+    records: Mapping[str, Any],
+    targets: Mapping[str, Tensor],
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """Return a layer's linears with learned codes, which the layer gets too, and their records."""
+    assert plan.recipe.learned_rounding is not None
+    linears = {_local(plan, x): x for x in plan.of_layer(index) if x.grid}
+    tuned, told = learned.tune(
+        layer,
+        {local: done[x.name] for local, x in linears.items()},
+        {local: targets[x.name] for local, x in linears.items()},
+        torch.cat(activations.batches),
+        torch.cat(goal.activations.batches),
+        stream.caller(activations, index),
+        known.layer.to(stream.device),
+        plan.recipe.learned_rounding,
+    )
+    for local, linear in linears.items():
+        _put(layer, plan, linear, tuned[local], {})
+    found = {x.name: tuned[local] for local, x in linears.items()}
+    return found, {name: record | {"learned": told} for name, record in records.items()}
+
+
+def lookup_stats(
+    plan: Plan, stream: Stream, linear: Linear, tokens: Tensor, known: gradients.Information | None = None
+) -> Stats:
     """Return the statistics with which the embedding is rounded; none where its algorithm needs no Hessian."""
-    if linear.choice is None or planning.needs_of(linear.choice) != "hessian":
+    if linear.choice is None or planning.needs_of(linear.choice) not in ("hessian", "fisher"):
         return Stats.none(linear.cols, stream.device)
-    return gradients.embedding_stats(stream, tokens, also_head=stream.tied and not plan.untie)
+    known = known or gradients.measure(stream, tokens, also_head=stream.tied and not plan.untie)
+    return known.embedding
+
+
+def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor) -> gradients.Information | None:
+    """Keep the Fisher information of all layers' outputs in the work folder; None where that is not to be done now."""
+    if plan.needs != "fisher" or all(log.has(i) or log.has_information(i) for i in range(plan.layers)):
+        return None
+    two_sided = any(x.choice and x.grid and planning.needs_of(x.choice) == "fisher" for x in plan.linears)
+    linears = [name for site in plan.spec.sites for name in site.linears] if two_sided else []
+    found = gradients.measure(stream, tokens, stream.tied and not plan.untie, linears)
+    for index, of_layer in enumerate(found.layers):
+        if not log.has(index):
+            log.save_information(index, of_layer)
+    return found
 
 
 @dataclass
@@ -104,9 +167,14 @@ class Goal:
 
 
 def _transform_layer(
-    plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations
+    plan: Plan,
+    stream: Stream,
+    layer: nn.Module,
+    index: int,
+    activations: Activations,
+    outputs: dict[str, tuple[Tensor, ...]],
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-    """Fold what the transforms find into a layer.
+    """Fold what the transforms find into a layer, and into the information of its linears' ``outputs``.
 
     Returns the changed tensors that stay float, records by linear, and by site what its activations were divided by.
 
@@ -153,7 +221,10 @@ def _transform_layer(
                 continue
             dtype = stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
             factors = calibrate.storable_scales(layer, site, found.factors, dtype)
-            calibrate.fold_scales(layer, site, factors)
+            divisor = calibrate.fold_scales(layer, site, factors)
+            if feeding := outputs.get(site.fold.module):
+                of_parts = torch.split(divisor, [len(part) for part in feeding])
+                outputs[site.fold.module] = tuple(p * d * d[:, None] for p, d in zip(feeding, of_parts, strict=True))
             stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
             scales[site.name] = scales.get(site.name, 1) * factors
             changed += [site.fold.module, *site.linears]
@@ -203,8 +274,9 @@ def _quantize_layer(
     index: int,
     activations: Activations,
     goal: Goal | None,
+    outputs: Mapping[str, tuple[Tensor, ...]],
     go_on: bool,
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
     """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
 
     A site's statistics are those of its inputs as the quantized layers before it
@@ -216,6 +288,7 @@ def _quantize_layer(
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
+    targets: dict[str, Tensor] = {}
     rounding: dict[str, Inputs] = {}
     sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
     scores = calibrate.score_linears(plan.spec)
@@ -224,11 +297,19 @@ def _quantize_layer(
         linears = [x for x in plan.of_layer(index, site) if x.grid]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
         uncut = [x.name for x in linears if _local(plan, x) in scores]
-        quantized, told = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
+        quantized, told, wanted = quantize_together(
+            linears,
+            weights,
+            stats,
+            plan.recipe.rewrites,
+            uncut,
+            {x.name: outputs.get(_local(plan, x)) for x in linears},
+        )
         for linear in linears:
             _put(layer, plan, linear, quantized[linear.name], rounding)
         done.update(quantized)
         records.update(told)
+        targets.update(wanted)
 
     with ExitStack() as stack:
         begin = stack.enter_context(calibrate.stepwise(layer, sites))
@@ -265,9 +346,9 @@ def _quantize_layer(
                     of_chain.close()
             else:
                 ends = [next_site(steps)[1] for steps in running]
-                for chain, outputs in zip(chains, zip(*ends, strict=True), strict=True):
-                    chain.batches = list(outputs)
-            return done, records
+                for chain, given in zip(chains, zip(*ends, strict=True), strict=True):
+                    chain.batches = list(given)
+            return done, records, targets
         for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
             wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s), goal is not None) for s in together}
             for batch in range(len(activations.batches)):
@@ -285,7 +366,7 @@ def _quantize_layer(
             stream.run(goal.layer, index, goal.activations)
         with calibrate.rounded(layer, sites, rounding):
             stream.run(layer, index, activations)
-    return done, records
+    return done, records, targets
 
 
 def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:
@@ -315,16 +396,19 @@ def quantize_together(
     stats: Stats,
     rewrites: Sequence[tuple[str, Any]] = (),
     uncut: Collection[str] = (),
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Quantize linears that read the same activations.
+    outputs: Mapping[str, tuple[Tensor, ...] | None] | None = None,
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
+    """Quantize linears that read the same activations; return them, what a report tells, and what was rounded.
 
     Those with the same grid and algorithm are stacked and quantized as one
     matrix: rows do not influence each other, and the work on the Hessian is shared.
 
     rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
+    outputs: the Fisher information of a linear's outputs, by name, where its algorithm reads it.
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
+    targets: dict[str, Tensor] = {}
     rest = list(zip(linears, weights, strict=True))
     while rest:
         first = rest[0][0]
@@ -339,12 +423,17 @@ def quantize_together(
             wanted: list[tuple[Tensor, float | None]] = [(w.float(), None) for _, w in alike]
             if stats.drift is not None:
                 wanted = [*mismatch.corrected([w for w, _ in wanted], stats)]
-            targets = [
-                w if x.name in uncut else _clipped(w, stats, rounding, rewrites)
+            rounded = {
+                x.name: w if x.name in uncut else _clipped(w, stats, rounding, rewrites)
                 for (x, _), (w, _) in zip(alike, wanted, strict=True)
-            ]
-            stacked = torch.cat(targets) if len(targets) > 1 else targets[0]
-            both: QuantizedTensor = rounding.algorithm.quantize(stacked, stats, grid, rounding.config)
+            }
+            targets |= rounded
+            stacked = torch.cat(list(rounded.values())) if len(rounded) > 1 else rounded[first.name]
+            known = [outputs.get(x.name) if outputs else None for x, _ in alike]
+            of_outputs = None if None in known else tuple(part for parts in known if parts for part in parts)
+            both: QuantizedTensor = rounding.algorithm.quantize(
+                stacked, replace(stats, outputs=of_outputs), grid, rounding.config
+            )
             if choice.activations is not None:
                 both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
         except LlmquantError as error:
@@ -357,7 +446,7 @@ def quantize_together(
             done[linear.name] = q
             told: dict[str, Any] = {} if share is None else {"corrected": round(share, 4)}
             records[linear.name] = _record(linear, w, target, q, stats) | told | {"seconds": round(seconds, 3)}
-    return done, records
+    return done, records, targets
 
 
 def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:

@@ -17,7 +17,7 @@ from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.models.spec import ModelSpec, Site
 from llmquant.recipe import Choice, Recipe
-from llmquant.stats import Needs
+from llmquant.stats import Needs, most_of
 
 PIECE = 1 << 20  # weights that are quantized together where nothing else limits them
 RUNTIME_BYTES = 500_000_000  # Python, torch, transformers and compiled kernels before any model
@@ -311,14 +311,17 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
     needs += [needs_of(x.choice) for x in linears if x.choice and x.grid]
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
     needs += ["hessian"] if recipe.mismatch_correction else []
+    needs += ["fisher"] if recipe.learned_rounding else []
     static = any(x.static for x in linears)
-    most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
+    most = most_of(needs)
     if recipe.imatrix is not None:
         if recipe.transforms:
             raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
         if recipe.mismatch_correction:
             raise RecipeError("imatrix: a mismatch is corrected on text. Leave out `imatrix`")
-        if most == "hessian":
+        if recipe.learned_rounding:
+            raise RecipeError("imatrix: rounding is learned on text. Leave out `imatrix`")
+        if most in ("hessian", "fisher"):
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
         if static:
             raise RecipeError("imatrix: does not tell the ranges of activations. Leave out `imatrix`; text tells both")
@@ -401,7 +404,7 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Ma
     outside += 4 * sum(x.weights for x in plan.of_layer(None))
     together = plan.recipe.true_sequential and not plan.recipe.transforms
     waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
-    hessian = plan.needs == "hessian"
+    hessian = plan.needs in ("hessian", "fisher")
     chains = 2 if plan.recipe.mismatch_correction else 1  # the float model's layer and activations go along
     sites: list[int] = []
     for site in plan.spec.sites:

@@ -15,6 +15,7 @@ from llmquant import plugins
 from llmquant.activations import ActivationScheme
 from llmquant.data import Calibration
 from llmquant.errors import RecipeError
+from llmquant.learned import LearnedRounding
 
 _PACKAGE = Path(__file__).parent
 
@@ -94,6 +95,8 @@ class Recipe(BaseModel):
         Off: it sees that of the layers before it.
     mismatch_correction: let every linear make up for the rounding of those before it as far as that carries over to
         text it was not fitted on.
+    learned_rounding: tune the codes of each layer on its own output error, once all its linears are quantized; {} for
+        the usual settings. Takes long.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
     max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
@@ -115,6 +118,7 @@ class Recipe(BaseModel):
     imatrix: Path | None = None
     true_sequential: bool = True
     mismatch_correction: bool = False
+    learned_rounding: LearnedRounding | None = None
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
     max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)
@@ -137,6 +141,8 @@ class Recipe(BaseModel):
         self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
         self.rewrites  # noqa: B018  (and every transform)
+        if self.learned_rounding and any(choice and choice.activations for choice in self.choices):
+            raise RecipeError("learned_rounding: only where activations stay float. Leave out `activations`")
         for i, rule in enumerate(self.rules):
             for pattern in rule.patterns:
                 _check_pattern(pattern, f"rules.{i}.match")

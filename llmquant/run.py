@@ -297,7 +297,7 @@ class Direct:
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records = layers.quantize_together([linear], [weight], self._stats(linear))
+        done, records, _ = layers.quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -308,7 +308,7 @@ class Direct:
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
             weight = self._weight(part, start, start + part.rows)
-            done, told = layers.quantize_together([part], [weight], self._stats(part))
+            done, told, _ = layers.quantize_together([part], [weight], self._stats(part))
             return part.name, pack(done[part.name]), part.rows, told[part.name]
 
         def taken(name: str, results: Iterable[tuple[str, Tensor, int, dict[str, Any]]]) -> Iterator[Tensor]:

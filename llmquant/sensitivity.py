@@ -35,7 +35,7 @@ from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.recipe import Recipe
-from llmquant.stats import Accumulator, Stats
+from llmquant.stats import Accumulator, Stats, most_of
 from llmquant.stream import Activations, Stream
 
 By = Literal["linear", "site", "layer"]
@@ -224,7 +224,7 @@ def measure(
     check_weights_only(recipe, own)
     units = units_of(own, by)
     plans = {label: _uniform_plan(stream, recipe, units, label) for label in labels}
-    most = max((p.needs for p in plans.values()), key=("nothing", "diagonal", "hessian").index)
+    most = most_of(p.needs for p in plans.values())
     text = None
     if most != "nothing":
         assert recipe.calibration is not None
@@ -276,7 +276,7 @@ def measure(
             else:
                 stats_here = layers.head_stats(stream, text.tokens, sample, replace(own, needs=most))
         weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
-        quantized, _ = layers.quantize_together([linear], [weight], stats_here)
+        quantized, _, _ = layers.quantize_together([linear], [weight], stats_here)
         with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
             again = linear.lookup
             x = stream.start(windows.tokens) if again else held
@@ -495,7 +495,7 @@ def _quantized(
         for these, theirs, known in together:
             if these:
                 known = known or Stats.none(these[0].cols, theirs[0].device)
-                done, _ = layers.quantize_together(these, theirs, known)
+                done, _, _ = layers.quantize_together(these, theirs, known)
                 found |= {name: dequantize(q) for name, q in done.items()}
     return found
 

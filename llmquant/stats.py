@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Needs = Literal["nothing", "diagonal", "hessian"]
-"""How much an algorithm wants to know; each includes the ones before it."""
+Needs = Literal["nothing", "diagonal", "hessian", "fisher"]
+"""How much an algorithm wants to know; each includes the ones before it. The last: of the outputs, too."""
 
 TOKENS = 512  # of a sample
 SAMPLE = 2**17  # values kept of those that a site reads
 BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
+
+
+def most_of(needs: Iterable[Needs]) -> Needs:
+    """Return what includes all of them."""
+    return max(needs, key=get_args(Needs).index)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Stats:
     abs_max: the largest |x|; None where no activations were seen.
     sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
     drift: None where not asked for.
+    outputs: the Fisher information of a linear's outputs (``llmquant.gradients``), for some rows after the other, or
+        None where not asked for.
     """
 
     hessian: Float[Tensor, "cols cols"] | None
@@ -49,9 +57,10 @@ class Stats:
     abs_max: Float[Tensor, " cols"] | None = None
     sample: Float[Tensor, " values"] | None = None
     drift: Drift | None = None
+    outputs: tuple[Float[Tensor, "_n _n"], ...] | None = None
 
     def divided(self, scales: Float[Tensor, " cols"]) -> Stats:
-        """Return the statistics of x / scales; without a sample and drift."""
+        """Return the statistics of x / scales; without a sample, drift and outputs."""
         return Stats(
             None if self.hessian is None else self.hessian / scales / scales[:, None],
             self.square_mean / scales.square(),
@@ -74,7 +83,7 @@ class Accumulator:
         batches (each value draws a number, and those with the smallest stay), of at most ``SAMPLE`` values, and the
         observers take it as they take a row of weights. A histogram would need observers of its own, and bins that
         suit an outlier leave few to the bulk.
-    drift: compare with the float model's activations, which then come with each batch; needs "hessian".
+    drift: compare with the float model's activations, which then come with each batch; needs "hessian" or more.
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class Accumulator:
         sample: bool = False,
         drift: bool = False,
     ) -> None:
-        parts = 0 if needs != "hessian" else 2 if drift else 1
+        parts = 0 if needs in ("nothing", "diagonal") else 2 if drift else 1
         self._hessians = [torch.zeros(cols, cols, device=device) for _ in range(parts)]
         self._crosses = [torch.zeros(cols, cols, device=device) for _ in range(2 if drift else 0)]
         self._counts = [0] * parts

@@ -175,6 +175,18 @@ class Stream:
             batches.append(x)
         return Activations(batches, calls)
 
+    def caller(self, activations: Activations, index: int) -> Callable[[Tensor], calibrate.Call]:
+        """Return what gives a layer's other arguments for any number of sequences like these."""
+        calls = dict(activations.calls)
+
+        def call(x: Tensor) -> calibrate.Call:
+            if len(x) not in calls:
+                tokens = torch.zeros(x.shape[:2], dtype=torch.int64, device=self.device)
+                calls[len(x)] = calibrate.start(self.model, self.spec, tokens)[1]
+            return calls[len(x)][index]
+
+        return call
+
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, activations: Activations, keep: bool = True) -> None:
         """Send all batches through a layer; ``keep`` puts its outputs in the place of its inputs."""

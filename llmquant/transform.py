@@ -41,8 +41,9 @@ class Rounding:
     config: Any
 
     def values(self, target: Float[Tensor, "rows cols"], stats: Stats) -> Float[Tensor, "rows cols"]:
-        """Return the weights that a runtime will read."""
-        return dequantize(self.algorithm.quantize(target, stats, self.grid, self.config))
+        """Return the weights that a runtime will read, or about these: with the algorithm's ``quick`` settings."""
+        config = self.algorithm.quick(self.config) if hasattr(self.algorithm, "quick") else self.config
+        return dequantize(self.algorithm.quantize(target, stats, self.grid, config))
 
     def error(self, w: Float[Tensor, "rows cols"], stats: Stats, target: Float[Tensor, "rows cols"]) -> float:
         """Return the mean over tokens of ||(q - w) x||², where q is what the algorithm makes of ``target``.

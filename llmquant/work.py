@@ -16,11 +16,13 @@ from torch import Tensor
 from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, atomic_save, read_json, write_json
 from llmquant.errors import OutputError
+from llmquant.gradients import LayerInformation
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
+FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 
@@ -104,6 +106,33 @@ class Work:
         ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
         return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
 
+    def _information(self, layer: int) -> Path:
+        return self.folder / f"{FISHER}{layer:05}.safetensors"
+
+    def save_information(self, layer: int, known: LayerInformation) -> None:
+        """Keep what is known of the outputs of a layer until it is finished."""
+        tensors = {f"{name}:{i:05}": part for name, parts in known.linears.items() for i, part in enumerate(parts)}
+        tensors = {name: part.cpu() for name, part in tensors.items()} | {"layer": known.layer.cpu()}
+        try:
+            atomic_save(self._information(layer), tensors, {})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{self._information(layer)}: cannot be written: {error}") from None
+
+    def has_information(self, layer: int) -> bool:
+        return self._information(layer).exists()
+
+    def information(self, layer: int) -> LayerInformation:
+        linears: dict[str, tuple[Tensor, ...]] = {}
+        with safe_open(self._information(layer), "pt") as file:
+            for key in sorted(file.keys()):
+                name, colon, _ = key.rpartition(":")
+                if colon:
+                    linears[name] = (*linears.get(name, ()), file.get_tensor(key))
+            return LayerInformation(linears, file.get_tensor("layer"))
+
+    def drop_information(self, layer: int) -> None:
+        self._information(layer).unlink(missing_ok=True)
+
     def floats(self, layer: int) -> list[str]:
         """Return the full names of a layer's float tensors that transforms changed."""
         if not self.has(layer):
@@ -125,7 +154,8 @@ class Work:
 
     def all_records(self) -> dict[str, Any]:
         """Return what was recorded about every linear."""
-        return {name: r for path in sorted(self.folder.glob("*.safetensors")) for name, r in _records(path).items()}
+        paths = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
+        return {name: record for path in paths for name, record in _records(path).items()}
 
     def close(self) -> None:
         self._lock.release()
@@ -180,7 +210,7 @@ def _records(path: Path) -> dict[str, Any]:
 
 
 def _ours(path: Path) -> bool:
-    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", OUTSIDE))
+    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", OUTSIDE, FISHER))
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -357,3 +357,63 @@ def test_one_set_of_parameters_for_all_rows_is_kept():
 def test_a_negative_number_of_sweeps_is_refused():
     with pytest.raises(ValueError, match="-1"):
         gptq.Config(sweeps=-1)
+
+
+def two_sided(w, x, outputs, grid, **settings):
+    """Return a quantized matrix and tr(G E H Eᵀ), the cost of its errors with the undamped matrices."""
+    config = gptq.Config(**settings, two_sided=True)
+    q = gptq.quantize(w, replace(stats_of(hessian_of(x)), outputs=outputs), grid, config)
+    error = dequantize(q).double() - w
+    outputs = torch.block_diag(*outputs) if outputs else torch.eye(len(w), dtype=w.dtype)
+    return q, float((outputs * (error @ hessian_of(x) @ error.T)).sum())
+
+
+def of_outputs(rows, seed):
+    """Fisher information of outputs that depend on each other, those with small numbers mattering most."""
+    g = normal(400, rows, seed=seed) @ (normal(rows, rows, seed=seed + 1) / rows**0.5 + torch.eye(rows))
+    return hessian_of(g[:, g.square().mean(0).argsort(descending=True)])
+
+
+@pytest.mark.parametrize("make", [lambda w: grid_for(w, 3, group_size=16), lambda w: q3_k.Q3_K()], ids=["w3", "q3_k"])
+def test_rows_that_absorb_the_errors_of_others_cost_less(make, monkeypatch):
+    monkeypatch.setattr(gptq, "ROWS", 8)
+    w, x = normal(72, 256), activations(600, 256)
+    outputs = (of_outputs(40, 1), of_outputs(32, 2))
+    known = torch.block_diag(*outputs)
+    grid = make(w)
+    q, cost = two_sided(w, x, outputs, grid)
+    alone = gptq.quantize(w, stats_of(hessian_of(x)), grid, gptq.Config())
+    error = dequantize(alone).double() - w
+    assert cost < 0.9 * float((known * (error @ hessian_of(x) @ error.T)).sum())
+    assert not torch.equal(q.codes, alone.codes)
+
+
+def test_later_rows_are_rounded_where_the_earlier_errors_want_them(monkeypatch):
+    """The best continuous second block for errors E of the first is W - G22⁻¹ G21 E."""
+    monkeypatch.setattr(gptq, "ROWS", 24)
+    w, x = normal(40, 32), activations(300, 32)
+    outputs = of_outputs(40, 3)
+    q, _ = two_sided(w, x, (outputs,), grid_for(w))
+    known = stats_of(hessian_of(x))
+    first = gptq.quantize(w[:24], known, grid_for(w), gptq.Config())
+    damped = outputs + 0.01 * outputs.diagonal().mean() * torch.eye(40, dtype=w.dtype)
+    error = dequantize(first).double() - w[:24]
+    second = w[24:] - torch.linalg.solve(damped[24:, 24:], damped[24:, :24] @ error)
+    want = torch.cat([first.codes, gptq.quantize(second, known, grid_for(w), gptq.Config()).codes])
+    assert torch.equal(q.codes, want)
+
+
+def test_outputs_that_do_not_depend_on_each_other_change_nothing():
+    w, x = normal(40, 32), activations(300, 32)
+    uneven = torch.diag(torch.linspace(1, 5, 40, dtype=torch.float64))  # the last row matters most, and is first
+    q, _ = two_sided(w, x, (uneven,), grid_for(w))
+    alone = gptq.quantize(w, stats_of(hessian_of(x)), grid_for(w), gptq.Config())
+    assert torch.equal(q.codes, alone.codes)
+    assert all(torch.equal(q.params[name], value) for name, value in alone.params.items())
+
+
+def test_without_information_of_outputs_and_on_shared_scales_rows_stay_independent():
+    w, x = normal(40, 32), activations(300, 32)
+    for outputs, grid in ((None, grid_for(w)), ((of_outputs(40, 4),), grid_for(w, strategy="tensor"))):
+        q, _ = two_sided(w, x, outputs, grid)
+        assert torch.equal(q.codes, gptq.quantize(w, stats_of(hessian_of(x)), grid, gptq.Config()).codes)

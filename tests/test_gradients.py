@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from llmquant import gradients, memory
+from llmquant import stream as stream_module
 from llmquant.run import load_float
 from llmquant.stream import Stream
 
@@ -65,17 +66,73 @@ def test_the_information_at_the_embedding_is_that_of_autograd(name, save_model, 
     folder = save_model(tmp_path / "model", CONFIGS[name]())
     also_head = "tied" in name
     tokens = torch.randint(2, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
-    stats = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens, also_head)
+    stats = gradients.measure(Stream(load_float(folder), torch.device("cpu")), tokens, also_head).embedding
     truth = expected(hf.AutoModelForCausalLM.from_pretrained(folder).eval(), tokens)
     truth.diagonal().add_(gradients.SHRINK * truth.diagonal().mean())
     torch.testing.assert_close(stats.hessian, truth, rtol=1e-3, atol=1e-4 * float(truth.abs().max()))
     assert stats.tokens == 60
+    monkeypatch.setattr(gradients, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(stream_module, "BATCH_TOKENS", 24)
+    of_all = gradients.measure(Stream(load_float(folder), torch.device("cpu")), tokens, also_head).embedding
+    torch.testing.assert_close(of_all.hessian, stats.hessian)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
-    again = gradients.embedding_stats(Stream(load_float(folder), torch.device("cpu")), tokens, also_head)
-    torch.testing.assert_close(again.hessian, stats.hessian)
+    again = gradients.measure(Stream(load_float(folder), torch.device("cpu")), tokens, also_head).embedding
+    assert torch.equal(again.hessian, of_all.hessian)
 
 
 def test_no_more_tokens_are_used_than_stated(llama, monkeypatch):
     monkeypatch.setattr(gradients, "TOKENS", 40)
     tokens = torch.randint(2, VOCABULARY, (9, 16), generator=torch.Generator().manual_seed(1))
-    assert gradients.embedding_stats(Stream(load_float(llama), torch.device("cpu")), tokens, False).tokens == 32
+    assert gradients.measure(Stream(load_float(llama), torch.device("cpu")), tokens, False).embedding.tokens == 32
+
+
+LINEARS = {
+    "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    "gpt2, positions": ("attn.c_attn", "mlp.c_proj"),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_the_information_at_outputs_is_that_of_autograd(name, save_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "ROWS", 20)
+    folder = save_model(tmp_path / "model", CONFIGS[name]())
+    tokens = torch.randint(2, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    stream = Stream(load_float(folder), torch.device("cpu"))
+    found = gradients.measure(stream, tokens, False, LINEARS[name]).layers
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    places = {f"{stream.spec.layers}.{i}.{local}": (i, local) for i in (0, 1) for local in LINEARS[name]}
+    places |= {f"{stream.spec.layers}.{i}": (i, None) for i in (0, 1)}
+    sums = dict.fromkeys(places, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    model.requires_grad_(False)
+    for sequence in tokens.split(1):
+        seen = {}
+
+        def begin(_module, _inputs, output):
+            return output.detach().requires_grad_()
+
+        def keep(place, output, seen=seen):
+            seen[place] = output[0] if isinstance(output, tuple) else output
+
+        hooks = [model.get_input_embeddings().register_forward_hook(begin)]
+        for place in places:
+            module = model.get_submodule(place)
+            hooks.append(module.register_forward_hook(lambda _m, _i, output, place=place: keep(place, output)))
+        log_p = model(sequence, use_cache=False).logits[0].log_softmax(1)
+        for hook in hooks:
+            hook.remove()
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        gradients_ = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(seen.values()))
+        for (place, output), g in zip(seen.items(), gradients_, strict=True):
+            relative = g if places[place][1] else g * output.detach().square().mean(-1, keepdim=True).sqrt()
+            sums[place] += relative[0].T @ relative[0]
+    for place, (index, local) in places.items():
+        truth = sums[place] / tokens.numel()
+        parts = found[index].linears[local] if local else (found[index].layer,)
+        assert [len(part) for part in parts] == ([len(p) for p in truth.split(20)] if local else [32])
+        row = 0
+        for part in parts:
+            want = truth[row : row + len(part), row : row + len(part)].clone()
+            want.diagonal().add_(gradients.SHRINK * want.diagonal().mean())
+            torch.testing.assert_close(part, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+            row += len(part)

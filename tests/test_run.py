@@ -49,7 +49,14 @@ def test_transformers_computes_the_same_logits_from_a_written_folder(llama, cali
     assert (logits(llama, tokens) - theirs).abs().max() > 1e-2 * ours.abs().max() or "bits=8" in changes[0]
 
 
-ALONG = [[], ["mismatch_correction=true"], ["mismatch_correction=true", "transforms=[{name: awq}]"]]
+ALONG = [
+    [],
+    ["mismatch_correction=true"],
+    ["mismatch_correction=true", "transforms=[{name: awq}]"],
+    ["algorithm.two_sided=true", "transforms=[{name: awq}]"],
+    ["learned_rounding={steps: 8, rate: 0.1}"],
+    ["mismatch_correction=true", "algorithm.two_sided=true", "learned_rounding={steps: 8, rate: 0.1}"],
+]
 
 
 @pytest.mark.parametrize("changes", ALONG, ids=str)
@@ -81,7 +88,7 @@ def test_a_run_that_died_does_not_round_the_embedding_again(llama, calibrated, t
 
     with pytest.raises(KeyboardInterrupt):
         run.quantize(llama, chosen, tmp_path / "out", progress=die)
-    monkeypatch.delattr(gradients, "embedding_stats")
+    monkeypatch.delattr(gradients, "measure")
     run.quantize(llama, chosen, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

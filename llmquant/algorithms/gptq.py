@@ -22,12 +22,21 @@ descent). Around their errors, a span's own error is a quadratic whose minimum l
 off the original weights by - H_BB⁻¹ (H (Q - W))_B: rounding towards it is GPTQ again.
 Compare CDQuant, Nair and Suggala 2024, https://arxiv.org/abs/2406.17542, which
 changes codes only.
+
+``two_sided`` does for rows what the feedback does for columns. With H the Hessian of
+the inputs and G the Fisher information of the outputs, an error E of the weights
+costs the model about tr(G E H Eᵀ) / 2 (Tseng et al. 2025, YAQA,
+https://arxiv.org/abs/2505.22988), and rows that are still to be rounded can absorb
+what those before them err, by the factor of G⁻¹. Departures: rows are rounded in
+blocks of ``ROWS``, each with everything above, so that later rows see what remains;
+G is per token and cut into blocks of rows (``gradients``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -43,6 +52,7 @@ from llmquant.stats import Needs, Stats
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
 MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
 
+ROWS = 32  # that are rounded together where later rows absorb their errors
 HELD = 128  # columns that a sweep rounds together where no span limits them
 
 
@@ -61,6 +71,8 @@ class Config:
         a row there is nothing to visit: the sweeps do the same.
     sweeps: how often every span is rounded again with all other columns held, its
         scales tried at the same multiples.
+    two_sided: round some rows at a time and let the rows to come absorb their errors, too, by how much the model minds
+        errors of each output and of which together. Not where rows share a scale.
 
     Parameters that spans share stay as they were fitted to the original weights; where all are shared, the sweeps
     change codes only.
@@ -72,6 +84,7 @@ class Config:
     block_size: int = 128
     scale_search: bool = True
     sweeps: int = 1
+    two_sided: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dampening_frac <= 1:
@@ -83,7 +96,7 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    return "hessian"
+    return "fisher" if config.two_sided else "hessian"
 
 
 def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Config) -> QuantizedTensor:
@@ -97,10 +110,97 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     """
     assert stats.hessian is not None
     w = w if w.dtype == torch.float64 else w.float()
-    importance = stats.hessian.diagonal()
+    columns = _Columns(stats.hessian, grid, config)
+    if not config.two_sided or stats.outputs is None or grid.shared:
+        return _rounded_rows(w, columns)
+    done = [_two_sided(part, of, columns) for part, of in zip(_parts(w, stats.outputs), stats.outputs, strict=True)]
+    return _stacked(done)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a linear: their Hessian, and what is computed of it once for all rows."""
+
+    given: Float[Tensor, "cols cols"]
+    grid: Grid
+    config: Config
+
+    @property
+    def importance(self) -> Float[Tensor, " cols"]:
+        return self.given.diagonal()
+
+    @cached_property
+    def order(self) -> Int64[Tensor, " cols"]:
+        """In which the columns are visited the first time."""
+        if self.config.actorder:
+            return self.importance.argsort(descending=True, stable=True)
+        return torch.arange(len(self.given), device=self.given.device)
+
+    @cached_property
+    def factor(self) -> tuple[Float[Tensor, "cols cols"], float]:
+        """U of the columns in that order, and the damping."""
+        return _inverse_factor(self.given[self.order][:, self.order], self.config.dampening_frac)
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "cols cols"]:
+        """Damped, float64."""
+        return _damped(self.given, self.factor[1])
+
+    @cached_property
+    def by_spans(self) -> tuple[Int64[Tensor, " spans"], Int64[Tensor, "spans span"], Float[Tensor, "cols cols"]]:
+        """The spans, and the columns of each, those that matter most first; U of all columns in that order."""
+        of_span = self.importance.view(-1, self.grid.span)
+        first = of_span.mean(1).argsort(descending=True, stable=True)
+        inside = of_span.argsort(dim=1, descending=True, stable=True)
+        order = (first[:, None] * self.grid.span + inside[first]).flatten()
+        return first, inside, _upper(self.hessian[order][:, order])
+
+    @cached_property
+    def blocks(self) -> list[tuple[slice, Int64[Tensor, " width"], Float[Tensor, "width width"]]]:
+        """The columns that a sweep rounds together, in which order, and U of them alone."""
+        width = min(self.grid.span, HELD) if self.grid.per_tensor else self.grid.span
+        found = []
+        for start in range(0, len(self.given), width):
+            block = slice(start, min(start + width, len(self.given)))
+            order = self.importance[block].argsort(descending=True, stable=True)
+            found.append((block, order, _upper(self.hessian[block, block][order][:, order])))
+        return found
+
+
+def _two_sided(
+    w: Float[Tensor, "rows cols"], outputs: Float[Tensor, "rows rows"], columns: _Columns
+) -> QuantizedTensor:
+    """Return the rows rounded in blocks, each with what later rows must absorb of its errors taken from these."""
+    order = outputs.diagonal().argsort(descending=True, stable=True)
+    factor = _upper(_damped(outputs[order][:, order], columns.config.dampening_frac)).to(w.dtype)
+    left = w[order]
+    done = []
+    for start in range(0, len(w), ROWS):
+        here = slice(start, start + ROWS)
+        q = _rounded_rows(left[here], columns)
+        done.append(q)
+        error = torch.linalg.solve_triangular(factor[here, here].T, left[here] - dequantize(q), upper=False)
+        left[start + ROWS :] -= factor[here, start + ROWS :].T @ error
+    stacked, place = _stacked(done), _inverse(order)
+    params = {name: value[place] for name, value in stacked.params.items()}
+    return replace(stacked, codes=stacked.codes[place], params=params)
+
+
+def _parts(w: Float[Tensor, "rows cols"], outputs: Sequence[Float[Tensor, "_n _n"]]) -> Sequence[Tensor]:
+    return torch.split(w, [len(of) for of in outputs])
+
+
+def _stacked(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Return the rows of several quantized matrices as one."""
+    params = {name: torch.cat([q.params[name] for q in parts]) for name in parts[0].params}
+    return replace(parts[0], codes=torch.cat([q.codes for q in parts]), params=params)
+
+
+def _rounded_rows(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTensor:
+    """Return the rows rounded with feedback from column to column, and with the searches that the settings ask for."""
+    grid, config, importance, order = columns.grid, columns.config, columns.importance, columns.order
     static = config.static_groups or config.actorder or bool(grid.shared)
-    order = importance.argsort(descending=True, stable=True) if config.actorder else _in_order(w)
-    factor, damping = _inverse_factor(stats.hessian[order][:, order], config.dampening_frac)
+    factor, damping = columns.factor
     factor = factor.to(w.dtype)
 
     # Work on the transpose, so that one column of the weight is contiguous.
@@ -139,12 +239,16 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
 
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
     q = QuantizedTensor(grid, codes[_inverse(order)].T.contiguous(), params, {"damping": damping})
-    hessian = _damped(stats.hessian, damping)
     if config.scale_search and _searchable(grid) and grid.span < w.shape[1]:
-        q = _better_rows(w, hessian.to(w.dtype), q, _by_spans(w, importance, hessian, grid))
+        q = _better_rows(w, columns.hessian.to(w.dtype), q, _by_spans(w, columns))
     if config.sweeps:
-        q = _swept(w, hessian, q, config)
+        q = _swept(w, q, columns)
     return q
+
+
+def quick(config: Config) -> Config:
+    """Return settings by which searches judge what this algorithm makes of their candidates: without refinements."""
+    return replace(config, scale_search=False, sweeps=0, two_sided=False)
 
 
 def column_costs(stats: Stats, config: Config) -> Float[Tensor, " cols"]:
@@ -183,19 +287,13 @@ def round_columns(
         w[c + 1 :].addr_(factor[c, c + 1 :], error[i], alpha=-1)
 
 
-def _by_spans(
-    w: Float[Tensor, "rows cols"],
-    importance: Float[Tensor, " cols"],
-    hessian: Float[Tensor, "cols cols"],
-    grid: Grid,
-) -> QuantizedTensor:
+def _by_spans(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTensor:
     """Return codes and searched scales: the columns of a span one after the other, those that matter most first."""
-    of_span = importance.view(-1, grid.span)
-    first = of_span.mean(1).argsort(descending=True, stable=True)
-    inside = of_span.argsort(dim=1, descending=True, stable=True)
+    grid = columns.grid
+    first, inside, factor = columns.by_spans
+    factor = factor.to(w.dtype)
     order = (first[:, None] * grid.span + inside[first]).flatten()
-    factor = _upper(hessian[order][:, order]).to(w.dtype)
-    fitted = fit_all(grid, w, importance)
+    fitted = fit_all(grid, w, columns.importance)
     params = {name: value.clone() for name, value in fitted.items()}
     w_t = w.T[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.uint8)
@@ -211,20 +309,14 @@ def _by_spans(
     return QuantizedTensor(grid, codes, params)
 
 
-def _swept(
-    w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"], q: QuantizedTensor, config: Config
-) -> QuantizedTensor:
-    """Return the result of rounding every span again, ``config.sweeps`` times, with all other columns held."""
-    grid, of = q.grid, hessian.to(w.dtype)
+def _swept(w: Float[Tensor, "rows cols"], q: QuantizedTensor, columns: _Columns) -> QuantizedTensor:
+    """Return the result of rounding every span again, ``sweeps`` times, with all other columns held."""
+    grid, of = q.grid, columns.hessian.to(w.dtype)
     params = {name: value.clone() for name, value in q.params.items()}
     codes = q.codes.T.contiguous()
     error = (dequantize(q).to(w.dtype) - w).T.contiguous()
-    width = min(grid.span, HELD) if grid.per_tensor else grid.span
-    blocks = [slice(start, min(start + width, len(of))) for start in range(0, len(of), width)]
-    orders = [hessian.diagonal()[block].argsort(descending=True, stable=True) for block in blocks]
-    factors = [_upper(hessian[b, b][order][:, order]) for b, order in zip(blocks, orders, strict=True)]
-    for _ in range(config.sweeps):
-        for block, order, factor in zip(blocks, orders, factors, strict=True):
+    for _ in range(columns.config.sweeps):
+        for block, order, factor in columns.blocks:
             slope = (of[block] @ error)[order]
             upper = factor.to(w.dtype)
             away = upper @ slope  # U slope: its squares sum to the loss above the minimum, Uᵀ of it leads there
