@@ -63,7 +63,7 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
             goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
             told: dict[str, Any] = {}
             floats: dict[str, Tensor] = {}
-            if plan.recipe.transforms:
+            if plan.recipe.folds:
                 floats, told, scales = _transform_layer(plan, stream, layer, index, activations)
                 if goal is not None:
                     goal.scales = scales
@@ -130,7 +130,7 @@ def _transform_layer(
     records: dict[str, Any] = {}
     scales: dict[str, Tensor] = {}
     changed: list[str] = []
-    for name, config in plan.recipe.rewrites:
+    for name, config in plan.recipe.folds:
         transform = plugins.load("transforms", name, "transforms")
         for site in sites:
             assert site.fold is not None

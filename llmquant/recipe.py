@@ -81,6 +81,8 @@ class Recipe(BaseModel):
     algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
     transforms: [{name: awq, ...}, ...], what is done to the float model before, in this order; see
         `llmquant list transforms`.
+    rotations: [residual, heads], or one of them: fold Hadamard rotations into the float model before all else; see
+        `llmquant/rotation.py`. They help where many columns share a scale.
     activations: {type: int8, dynamic: true, ...}: round what the linears read, too; a runtime then multiplies 8-bit
         numbers. Left out: only weights are quantized.
     rules: exceptions, by name.
@@ -107,6 +109,7 @@ class Recipe(BaseModel):
     mixture: Mixture | None = None
     algorithm: dict[str, Any] = {"name": "rtn"}
     transforms: list[dict[str, Any]] = []
+    rotations: list[Literal["residual", "heads"]] = []
     activations: ActivationScheme | None = None
     rules: list[Rule] = []
     ignore: list[str] | None = None
@@ -164,6 +167,11 @@ class Recipe(BaseModel):
     def rewrites(self) -> list[tuple[str, Any]]:
         """The transforms, by name and settings."""
         return [plugins.configure("transforms", values, f"transforms.{i}") for i, values in enumerate(self.transforms)]
+
+    @cached_property
+    def folds(self) -> list[tuple[str, Any]]:
+        """Those of the transforms that scale columns."""
+        return [r for r in self.rewrites if hasattr(plugins.load("transforms", r[0], "transforms"), "search")]
 
     def choose(self, linear: str, type_: str | None = None, head: bool = False) -> Choice | None:
         """Return the grid and the algorithm for a linear, or None if it stays float.
