@@ -19,6 +19,7 @@ Hadamard matrices are those of Sylvester and Paley.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -85,7 +86,7 @@ class Rotated(Checkpoint):
                 size = attrgetter(site.fold.head_dim)(layer)
                 rows = calibrate.producer_rows(layer, site)
                 matrix = orthogonal(size, seed=1 + index)
-                values = Turn(rows.view(-1, size).unique(dim=0), matrix)
+                values = Turn(torch.unique(rows.view(-1, size), dim=0), matrix)
                 self._outputs[f"{stream.spec.layers}.{index}.{site.fold.module}"] = values
                 read = Turn(torch.arange(len(rows)).view(-1, size), matrix)
                 self._inputs |= {f"{stream.spec.layers}.{index}.{name}": read for name in site.linears}
@@ -174,9 +175,10 @@ def orthogonal(size: int, seed: int) -> Float64[Tensor, "size size"]:
     known = hadamard(size)
     if known is None:
         q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-        return q * r.diagonal().sign()  # without it, q would not be uniform
-    signs = torch.randint(2, (size, 1), generator=generator).double() * 2 - 1
-    return known * signs / size**0.5
+        turned: Tensor = q * r.diagonal().sign()  # without the signs, it would not be uniform
+        return turned
+    signs: Tensor = torch.randint(2, (size, 1), generator=generator).double() * 2 - 1
+    return known * signs / math.sqrt(size)
 
 
 def hadamard(size: int) -> Float64[Tensor, "size size"] | None:
@@ -218,4 +220,4 @@ def _paley(size: int) -> Float64[Tensor, "size size"] | None:
 
 
 def _prime(number: int) -> bool:
-    return number > 1 and all(number % i for i in range(2, int(number**0.5) + 1))
+    return number > 1 and all(number % i for i in range(2, math.isqrt(number) + 1))
