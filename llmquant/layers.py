@@ -67,8 +67,9 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
                 floats, told, scales = _transform_layer(plan, stream, layer, index, activations)
                 if goal is not None:
                     goal.scales = scales
-            done, records = _quantize_layer(plan, stream, layer, index, activations, goal, not last)
-            log.save(index, done, {name: record | told.get(name, {}) for name, record in records.items()}, floats)
+            done, records, biases = _quantize_layer(plan, stream, layer, index, activations, goal, not last)
+            told = {name: record | told.get(name, {}) for name, record in records.items()}
+            log.save(index, done, told, floats | biases)
     for linear in heads:
         _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aimed))
     progress("quantizing layers", plan.layers, plan.layers)
@@ -204,8 +205,10 @@ def _quantize_layer(
     activations: Activations,
     goal: Goal | None,
     go_on: bool,
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Quantize a layer's linears; with ``go_on`` leave the outputs of the quantized layer in ``activations``.
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
+    """Quantize a layer's linears, and correct their biases if the recipe says so; return these as they are stored, too.
+
+    With ``go_on`` the outputs of the quantized layer are left in ``activations``.
 
     A site's statistics are those of its inputs as the quantized layers before it
     make them, with ``true_sequential`` also the quantized sites before it in the
@@ -216,6 +219,7 @@ def _quantize_layer(
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
+    biases: dict[str, Tensor] = {}
     rounding: dict[str, Inputs] = {}
     sites = [s for s in plan.spec.sites if any(x.grid for x in plan.of_layer(index, s))]
     scores = calibrate.score_linears(plan.spec)
@@ -224,9 +228,13 @@ def _quantize_layer(
         linears = [x for x in plan.of_layer(index, site) if x.grid]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x))) for x in linears]
         uncut = [x.name for x in linears if _local(plan, x) in scores]
+        if plan.recipe.bias_correction:
+            aimed = [w.float() @ _aimed_mean(stats) for w in weights]
         quantized, told = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut)
         for linear in linears:
             _put(layer, plan, linear, quantized[linear.name], rounding)
+        if plan.recipe.bias_correction:
+            biases.update(_corrected_biases(plan, stream, layer, linears, aimed, stats))
         done.update(quantized)
         records.update(told)
 
@@ -267,7 +275,7 @@ def _quantize_layer(
                 ends = [next_site(steps)[1] for steps in running]
                 for chain, outputs in zip(chains, zip(*ends, strict=True), strict=True):
                     chain.batches = list(outputs)
-            return done, records
+            return done, records, biases
         for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
             wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s), goal is not None) for s in together}
             for batch in range(len(activations.batches)):
@@ -285,7 +293,35 @@ def _quantize_layer(
             stream.run(goal.layer, index, goal.activations)
         with calibrate.rounded(layer, sites, rounding):
             stream.run(layer, index, activations)
-    return done, records
+    return done, records, biases
+
+
+def _aimed_mean(stats: Stats) -> Tensor:
+    """Return the mean of what a site reads in the float model, as far as that is known."""
+    assert stats.mean is not None
+    return stats.mean if stats.drift is None else stats.mean + stats.drift.mean
+
+
+def _corrected_biases(
+    plan: Plan, stream: Stream, layer: nn.Module, linears: Sequence[Linear], aimed: Sequence[Tensor], stats: Stats
+) -> dict[str, Tensor]:
+    """Give the biases that a site's linears have the mean error of their outputs; return them as they are stored.
+
+    The layer has the quantized weights already. aimed: each linear's mean output in the float model, without bias.
+
+    Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.2, with activations measured on text.
+    """
+    assert stats.mean is not None
+    found: dict[str, Tensor] = {}
+    for linear, wanted in zip(linears, aimed, strict=True):
+        module = layer.get_submodule(_local(plan, linear))
+        if getattr(module, "bias", None) is not None:
+            bias, name = module.get_parameter("bias"), f"{linear.name}.bias"
+            missing = wanted - calibrate.weight_of(module).float() @ stats.mean
+            stored = (bias + missing).to(stream.checkpoint.infos[name].dtype)
+            bias.copy_(stored)
+            found[name] = stored
+    return found
 
 
 def _accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:

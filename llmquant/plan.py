@@ -311,6 +311,7 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
     needs += [needs_of(x.choice) for x in linears if x.choice and x.grid]
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
     needs += ["hessian"] if recipe.mismatch_correction else []
+    needs += ["diagonal"] if recipe.bias_correction else []
     static = any(x.static for x in linears)
     most: Needs = max(needs, key=("nothing", "diagonal", "hessian").index)
     if recipe.imatrix is not None:
@@ -318,6 +319,8 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
             raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
         if recipe.mismatch_correction:
             raise RecipeError("imatrix: a mismatch is corrected on text. Leave out `imatrix`")
+        if recipe.bias_correction:
+            raise RecipeError("imatrix: biases are corrected on text. Leave out `imatrix`")
         if most == "hessian":
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
         if static:

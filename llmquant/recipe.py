@@ -96,6 +96,7 @@ class Recipe(BaseModel):
         Off: it sees that of the layers before it.
     mismatch_correction: let every linear make up for the rounding of those before it as far as that carries over to
         text it was not fitted on.
+    bias_correction: add the mean error of a linear's outputs to its bias, where it has one.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
     max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
@@ -118,6 +119,7 @@ class Recipe(BaseModel):
     imatrix: Path | None = None
     true_sequential: bool = True
     mismatch_correction: bool = False
+    bias_correction: bool = False
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
     max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)
