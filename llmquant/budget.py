@@ -14,8 +14,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmquant import knapsack, plugins, run
 from llmquant import plan as planning
 from llmquant.errors import RecipeError
@@ -23,7 +21,6 @@ from llmquant.patterns import patterns
 from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 from llmquant.sensitivity import OWN, Sensitivity, check_weights_only, grid_rule, uniform, units_of, with_rules
-from llmquant.stream import Stream
 
 UNITS = {
     "B": 1,
@@ -71,7 +68,7 @@ def fill(
     if len(recipe.formats) != 1:
         raise RecipeError(f"formats: a budget is for one container, and the recipe has {len(recipe.formats)}")
     (format_,) = recipe.formats
-    stream = Stream(run.load_float(model), torch.device("cpu"), trust, weights=False)
+    stream = run.open_stream(model, recipe, trust_remote_code=trust)
     own = run.plan_for(stream, recipe)
     check_weights_only(recipe, own)
     units = units_of(own, found.by)

@@ -167,7 +167,7 @@ def producer_rows(layer: nn.Module, site: Site) -> Int[Tensor, " cols"]:
         raise ValueError(f"site {site.name}: no module of this layer can absorb a scale")
     cols = weight_of(layer.get_submodule(site.linears[0])).shape[1]
     weight = weight_of(layer.get_submodule(fold.module))
-    rows = torch.arange(weight.shape[0], device=weight.device)
+    rows = torch.arange(weight.shape[0], device=None if weight.is_meta else weight.device)
     if fold.kind in ("norm", "norm_plus_one", "rows"):
         return rows[-cols:]
     head_dim = attrgetter(fold.head_dim)(layer)

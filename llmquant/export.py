@@ -197,7 +197,7 @@ def _tensors(
         key = checkpoint.infos[name].key if name in checkpoint else name
         if linear is None or linear.grid is None:
             stored_as = f"{plan.spec.embed}.weight" if name not in checkpoint else name
-            tensor = checkpoint.read(stored_as)
+            tensor = checkpoint.read(stored_as).to(checkpoint.infos[stored_as].dtype)
             yield key, tensor.clone() if name not in checkpoint else tensor
             continue
         q = source.load(linear)

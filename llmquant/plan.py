@@ -208,7 +208,7 @@ def make(
     needs = _needs(recipe, linears)
     quantized = {x.name for x in linears if x.grid}
     floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
-    unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.transforms else ()
+    unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.folds else ()
     stored = {name: type_ for name, (type_, _) in types.items()}
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
     text = recipe.calibration
@@ -312,6 +312,7 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
     needs += ["hessian"] if recipe.mismatch_correction else []
     needs += ["fisher"] if recipe.learned_rounding else []
+    needs += ["diagonal"] if recipe.bias_correction else []
     static = any(x.static for x in linears)
     most = most_of(needs)
     if recipe.imatrix is not None:
@@ -319,6 +320,8 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
             raise RecipeError("imatrix: the transforms need text, of which it tells too little. Leave out `imatrix`")
         if recipe.mismatch_correction:
             raise RecipeError("imatrix: a mismatch is corrected on text. Leave out `imatrix`")
+        if recipe.bias_correction:
+            raise RecipeError("imatrix: biases are corrected on text. Leave out `imatrix`")
         if recipe.learned_rounding:
             raise RecipeError("imatrix: rounding is learned on text. Leave out `imatrix`")
         if most in ("hessian", "fisher"):
@@ -402,7 +405,7 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Ma
         return RUNTIME_BYTES + torch.get_num_threads() * PIECES * min(largest, PIECE)
     outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
     outside += 4 * sum(x.weights for x in plan.of_layer(None))
-    together = plan.recipe.true_sequential and not plan.recipe.transforms
+    together = plan.recipe.true_sequential and not plan.recipe.folds
     waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
     hessian = plan.needs in ("hessian", "fisher")
     chains = 2 if plan.recipe.mismatch_correction else 1  # the float model's layer and activations go along

@@ -82,6 +82,8 @@ class Recipe(BaseModel):
     algorithm: {name: gptq, ...}; see `llmquant list algorithms`.
     transforms: [{name: awq, ...}, ...], what is done to the float model before, in this order; see
         `llmquant list transforms`.
+    rotations: [residual, heads], or one of them: fold Hadamard rotations into the float model before all else; see
+        `llmquant/rotation.py`. They help where many columns share a scale.
     activations: {type: int8, dynamic: true, ...}: round what the linears read, too; a runtime then multiplies 8-bit
         numbers. Left out: only weights are quantized.
     rules: exceptions, by name.
@@ -97,6 +99,7 @@ class Recipe(BaseModel):
         text it was not fitted on.
     learned_rounding: tune the codes of each layer on its own output error, once all its linears are quantized; {} for
         the usual settings. Takes long.
+    bias_correction: add the mean error of a linear's outputs to its bias, where it has one.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
     max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
@@ -110,6 +113,7 @@ class Recipe(BaseModel):
     mixture: Mixture | None = None
     algorithm: dict[str, Any] = {"name": "rtn"}
     transforms: list[dict[str, Any]] = []
+    rotations: list[Literal["residual", "heads"]] = []
     activations: ActivationScheme | None = None
     rules: list[Rule] = []
     ignore: list[str] | None = None
@@ -119,6 +123,7 @@ class Recipe(BaseModel):
     true_sequential: bool = True
     mismatch_correction: bool = False
     learned_rounding: LearnedRounding | None = None
+    bias_correction: bool = False
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
     max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)
@@ -170,6 +175,11 @@ class Recipe(BaseModel):
     def rewrites(self) -> list[tuple[str, Any]]:
         """The transforms, by name and settings."""
         return [plugins.configure("transforms", values, f"transforms.{i}") for i, values in enumerate(self.transforms)]
+
+    @cached_property
+    def folds(self) -> list[tuple[str, Any]]:
+        """Those of the transforms that scale columns."""
+        return [r for r in self.rewrites if hasattr(plugins.load("transforms", r[0], "transforms"), "search")]
 
     def choose(self, linear: str, type_: str | None = None, head: bool = False) -> Choice | None:
         """Return the grid and the algorithm for a linear, or None if it stays float.

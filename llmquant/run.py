@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import llmquant
-from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, threads, work
+from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CheckpointError, LlmquantError
@@ -88,9 +88,24 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
     return Stream(load_float(model), torch.device("cpu"), trust_remote_code, weights=False).config
 
 
+def open_stream(
+    model: str | Path,
+    recipe_: recipe.Recipe,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Stream:
+    """Return the stream of a float model, with a recipe's rotations; its weights are not loaded yet."""
+    device = device or torch.device("cpu")
+    stream = Stream(load_float(model), device, trust_remote_code, weights=False)
+    if not recipe_.rotations:
+        return stream
+    rotated = rotation.Rotated(stream, recipe_.rotations, untie=recipe_.tied_embeddings == "untie")
+    return Stream(rotated, device, trust_remote_code, weights=False)
+
+
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
     """Return what a run would do, with the sizes of its files; reads no weights."""
-    stream = Stream(load_float(model), torch.device("cpu"), trust_remote_code, weights=False)
+    stream = open_stream(model, recipe_, trust_remote_code=trust_remote_code)
     return with_files(plan_for(stream, recipe_), stream)
 
 
@@ -107,7 +122,7 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.checkpoint.infos,
         stream.context,
         stream.other_linears if told else (),
-        stream.foldable if recipe_.transforms else (),
+        stream.foldable if recipe_.folds else (),
         memory.available_bytes(stream.device),
     )
 
@@ -140,8 +155,8 @@ def quantize(
     memory.reset_peak()
     out = Path(out)
     check_output(out)
-    checkpoint = load_float(model)
-    stream = Stream(checkpoint, device_of(device), trust_remote_code, weights=False)
+    stream = open_stream(model, recipe_, device_of(device), trust_remote_code)
+    checkpoint = stream.checkpoint
     plan = plan_for(stream, recipe_)
     text = None
     if plan.needs != "nothing":
@@ -149,8 +164,8 @@ def quantize(
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
-        if recipe_.transforms:
-            stream.dtype = torch.float32  # a scaled weight in 16 bits would be rounded twice
+        if recipe_.folds or recipe_.rotations:
+            stream.dtype = torch.float32  # a changed weight in 16 bits would be rounded twice
         stream.load()
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
@@ -227,8 +242,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     """Return what a finished work folder was made from, to export it again without calibration."""
     note = work.read_note(folder)
     recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
-    checkpoint = load_float(note["model"]["folder"])
-    stream = Stream(checkpoint, torch.device("cpu"), weights=False)
+    stream = open_stream(note["model"]["folder"], recipe_)
     plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
     # a layer of which nothing is quantized may have no file
@@ -239,7 +253,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
             "to go on."
         )
-    return plan, work.Transformed(checkpoint, log, plan.layers), stream.config, log
+    return plan, work.Transformed(stream.checkpoint, log, plan.layers), stream.config, log
 
 
 def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:

@@ -217,8 +217,8 @@ def measure(
     """
     if by not in get_args(By):
         raise RecipeError(f"--by {by}: there are {', '.join(get_args(By))}")
-    checkpoint = run.load_float(model)
-    stream = Stream(checkpoint, run.device_of(device), trust_remote_code, weights=False)
+    stream = run.open_stream(model, recipe, run.device_of(device), trust_remote_code)
+    checkpoint = stream.checkpoint
     labels = grids_of(grids, recipe)
     own = run.plan_for(stream, recipe)
     check_weights_only(recipe, own)

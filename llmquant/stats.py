@@ -27,12 +27,13 @@ def most_of(needs: Iterable[Needs]) -> Needs:
 class Drift:
     """How far the activations x are from those x' of the float model, as means over each of two halves of the tokens.
 
-    crosses: (x' - x) xᵀ. hessians: x xᵀ. shares: of all tokens.
+    crosses: (x' - x) xᵀ. hessians: x xᵀ. shares: of all tokens. mean: x' - x, over all of them.
     """
 
     crosses: tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]
     hessians: tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]
     shares: tuple[float, float]
+    mean: Float[Tensor, " cols"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Stats:
     hessian: x xᵀ, float32, or None where only the diagonal was asked for.
     square_mean: x², the diagonal of the Hessian (llama.cpp's imatrix).
     abs_mean: |x|.
+    mean: x; None where no activations were seen.
     tokens: how many tokens were seen.
     abs_max: the largest |x|; None where no activations were seen.
     sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
@@ -58,6 +60,7 @@ class Stats:
     sample: Float[Tensor, " values"] | None = None
     drift: Drift | None = None
     outputs: tuple[Float[Tensor, "_n _n"], ...] | None = None
+    mean: Float[Tensor, " cols"] | None = None
 
     def divided(self, scales: Float[Tensor, " cols"]) -> Stats:
         """Return the statistics of x / scales; without a sample, drift and outputs."""
@@ -67,6 +70,7 @@ class Stats:
             self.abs_mean / scales,
             self.tokens,
             None if self.abs_max is None else self.abs_max / scales,
+            mean=None if self.mean is None else self.mean / scales,
         )
 
     @staticmethod
@@ -100,6 +104,8 @@ class Accumulator:
         self._counts = [0] * parts
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
+        self._sums = torch.zeros(cols, device=device)
+        self._aimed_sums = torch.zeros(cols, device=device)
         self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
         self._sample = _Values(device) if sample else None
@@ -112,6 +118,9 @@ class Accumulator:
             self._sample.add(x)
         magnitude = x.abs()
         self._magnitudes += magnitude.sum(0)
+        self._sums += x.sum(0)
+        if aimed is not None:
+            self._aimed_sums += aimed.sum(0, dtype=torch.float32)
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
         if not self._hessians:
             self._squares += x.square().sum(0)
@@ -140,8 +149,11 @@ class Accumulator:
                 (self._crosses[0] / means[0], self._crosses[1] / means[1]),
                 (_symmetric(self._hessians[0] / means[0]), _symmetric(self._hessians[1] / means[1])),
                 (self._counts[0] / tokens, self._counts[1] / tokens),
+                (self._aimed_sums - self._sums) / tokens,
             )
-        return Stats(hessian, square_mean, self._magnitudes / tokens, self._tokens, self._largest, sample, drift)
+        mean = self._sums / tokens
+        abs_mean = self._magnitudes / tokens
+        return Stats(hessian, square_mean, abs_mean, self._tokens, self._largest, sample, drift, mean=mean)
 
 
 def _symmetric(upper: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:

@@ -78,7 +78,8 @@ class Stream:
         return self._built[1]
 
     @property
-    def _layers(self) -> nn.ModuleList:
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers; one that is not loaded has its weights on the meta device."""
         layers: nn.ModuleList = self.model.get_submodule(self.spec.layers)
         return layers
 
@@ -116,12 +117,12 @@ class Stream:
     @property
     def foldable(self) -> frozenset[str]:
         """The sites whose scales another module of every layer can absorb."""
-        sites = (s for s in self.spec.sites if all(calibrate.foldable(layer, s) for layer in self._layers))
+        sites = (s for s in self.spec.sites if all(calibrate.foldable(layer, s) for layer in self.decoder_layers))
         return frozenset(site.name for site in sites)
 
     @property
     def layers(self) -> int:
-        return len(self._layers)
+        return len(self.decoder_layers)
 
     @property
     def context(self) -> int:
@@ -146,7 +147,7 @@ class Stream:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load a decoder layer for the duration of the context; its linears compute as a runtime does."""
-        layer = self._layers[index]
+        layer = self.decoder_layers[index]
         prefix = f"{self.spec.layers}.{index}."
         operators = {
             name: operator

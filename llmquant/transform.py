@@ -1,11 +1,14 @@
 """What a transform sees of a model, one site at a time, and how it measures what rounding would cost there.
 
 A transform module, ``llmquant.transforms.NAME``, has a frozen dataclass ``Config``
-(the recipe's keys), ``needs(config)`` (which statistics it reads) and
+(the recipe's keys), ``needs(config)`` (which statistics it reads) and one or both of
+
 ``search(site, config) -> Scales``: factors > 0 of the site's columns, by whose
 inverse the site's activations are multiplied, so that the layer computes the same
-function. It may have ``clip(w, stats, rounding, config) -> w`` too: the weights
-that an algorithm is to round instead, with the largest of a group cut off.
+function;
+
+``clip(w, stats, rounding, config) -> w``: the weights that an algorithm is to round
+instead, with the largest of a group made smaller.
 """
 
 from __future__ import annotations
