@@ -64,7 +64,7 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
             told: dict[str, Any] = {}
             floats: dict[str, Tensor] = {}
             if plan.recipe.transforms:
-                floats, told, scales = _transform_layer(plan, stream, layer, index, activations)
+                floats, told, scales = transform_layer(plan, stream, layer, index, activations)
                 if goal is not None:
                     goal.scales = scales
             done, records = _quantize_layer(plan, stream, layer, index, activations, goal, not last)
@@ -103,7 +103,7 @@ class Goal:
         return x / self.scales[site.name] if site.name in self.scales else x
 
 
-def _transform_layer(
+def transform_layer(
     plan: Plan, stream: Stream, layer: nn.Module, index: int, activations: Activations
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
     """Fold what the transforms find into a layer.

@@ -218,7 +218,7 @@ def test_a_bad_grid_of_the_same_size_does_not_spoil_a_good_one(llama, mixture):
         for new, (old, times) in {"q4_0": ("q4_0", 1.6), **like}.items()
     ]
     wide, narrow = (
-        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids))
+        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids), errors={})
         for grids in ({*like, "q4_0"}, {"iq4_nl", "q5_0", "q8_0"})
     )
     base = recipe.load("gguf-q4_k_s")
