@@ -44,8 +44,10 @@ PASSAGE = 64  # tokens that two splits may not share
 
 @dataclass(frozen=True)
 class Texts:
-    """Splits that nothing is calibrated on: to choose by, to check by, and what a run is evaluated on, if the text
-    to calibrate on gives that."""
+    """Splits that nothing is calibrated on.
+
+    held_out: what a run is evaluated on; None where there is no text to calibrate on, or no more of it.
+    """
 
     selection: Windows
     check: Windows
@@ -189,17 +191,20 @@ def within(model: str | Path, recipe: Recipe, trust_remote_code: bool = False) -
 
 
 def splits(model: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Texts:
-    """Return text to choose by and text to check by, disjoint from each other and from the calibration text."""
+    """Return text to choose by and text to check by, disjoint from each other, from what is calibrated on, and from
+    the sequences of that text which a run is evaluated on."""
     stream = Stream(run.load_float(model), torch.device("cpu"), trust_remote_code, weights=False)
     tokenizer = data.load_tokenizer(stream.checkpoint.folder, trust_remote_code)
-    source, length, held_out, label = recipe.calibration, min(LENGTH, stream.context), None, recipe.name
+    source, length, label = recipe.calibration, min(LENGTH, stream.context), recipe.name
+    held_out = None
     taken = pool = torch.empty(0, length, dtype=torch.int64)
     if source is not None:
         count = 2 * -(-TOKENS // (source.length or min(stream.context, 2048)))
         text = data.calibration_tokens(source, tokenizer, stream.context, data.HELD_OUT + count)
-        taken, pool, label = text.tokens, text.held_out[data.HELD_OUT :], text.source
+        first = text.held_out[: data.HELD_OUT]
+        held_out = data.held_out_windows(replace(text, held_out=first))
+        taken, pool, label = torch.cat([text.tokens, first]), text.held_out[data.HELD_OUT :], text.source
         length = taken.shape[1]
-        held_out = data.held_out_windows(replace(text, held_out=text.held_out[: data.HELD_OUT]))
     if recipe.selection is not None:
         wanted = data.Calibration(**recipe.selection.model_dump(), sequences=1, length=length)
         text = data.calibration_tokens(wanted, tokenizer, stream.context, 2 * -(-TOKENS // length) - 1)
@@ -210,8 +215,9 @@ def splits(model: str | Path, recipe: Recipe, trust_remote_code: bool = False) -
     check = without_passages(pool[half:], selection)
     if min(len(selection), len(check)) < LEAST:
         raise DataError(
-            f"budget: {label} leaves {len(pool)} sequences of {length} tokens that are not calibrated on, too few to "
-            "choose types by. Add --select FILE, or calibrate on less (--set calibration.sequences=...)"
+            f"budget: {label} leaves {len(pool)} sequences of {length} tokens that share nothing with what is "
+            "calibrated on, too few to choose types by. Add --select FILE of another text, or calibrate on less "
+            "(--set calibration.sequences=...)"
         )
     return Texts(_windows(selection, f"selection: {label}"), _windows(check, f"check: {label}"), held_out)
 
@@ -226,10 +232,10 @@ def without_passages(
 ) -> Int[Tensor, "rest length"]:
     """Return the sequences that have no ``PASSAGE`` tokens in a row in common with any of ``others``."""
 
-    def passages(row: Tensor) -> set[bytes]:
-        return {part.numpy().tobytes() for part in row.unfold(0, min(PASSAGE, len(row)), 1)}
+    def passages(row: Tensor) -> set[int]:
+        return {hash(part.numpy().tobytes()) for part in row.unfold(0, min(PASSAGE, len(row)), 1)}
 
-    known = set[bytes]().union(*(passages(row) for row in others))
+    known = set[int]().union(*(passages(row) for row in others))
     return tokens[[i for i, row in enumerate(tokens) if known.isdisjoint(passages(row))]]
 
 

@@ -252,7 +252,7 @@ def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windo
     for change, message in (
         ("calibration.sequences=12", r"measured with calibration = .*'sequences': 16.* this recipe has .*12"),
         (f"calibration.path={texts / 'evaluation.txt'}", r"measured with calibration = "),
-        ("transforms=[{name: awq}]", "^transforms: only the rounding of weights is measured"),
+        ("transforms=[{name: awq}]", r"measured with transforms = None, and this recipe has \[\{'name': 'awq'\}\]"),
         (
             "rules=[{match: '*.q_proj', grid: {bits: 8, strategy: channel}, activations: {type: int8}}]",
             "^activations: only the rounding of weights",
