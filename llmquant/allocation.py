@@ -131,7 +131,9 @@ def quantize(
     }
     sizes = {name: next(iter(report.bytes.values())) for name, report in reports.items()}
     trials = {name: Trial(name, sizes[name], klds[name, "selection"], klds[name, "check"]) for name in names}
-    trials["allocated"] = replace(trials["allocated"], expected=filled.kld, types=Counter(filled.choices.values()))
+    trials["allocated"] = replace(
+        trials["allocated"], expected=filled.kld, types=dict(Counter(filled.choices.values()))
+    )
     chosen = min(names, key=lambda name: trials[name].check)
     report = reports[chosen]
     (format_,) = uniform.formats
@@ -174,7 +176,7 @@ def within(model: str | Path, recipe: Recipe, trust_remote_code: bool = False) -
         candidates = [plain, *(sensitivity.uniform(plain, units, label) for label in labels)]
     else:
         known = plugins.load("exporters", format_, "formats").mixtures.MIXTURES
-        if recipe.budget.upper() in known:
+        if recipe.budget.upper() in known and known[recipe.budget.upper()].base in plugins.names("grids"):
             like = mixed(name=recipe.budget)
             return like, size(like)
         limit = budgets.to_bytes(recipe.budget, own.weights)

@@ -1,8 +1,12 @@
 """How much each linear of a model matters: quantized alone, what becomes of the predictions.
 
 Every unit (a linear, the linears of a site, or those of a layer) is quantized by the
-recipe's own algorithm while all others stay float. Its effect is the mean KL divergence
-from the float model's predictions, end to end, on text that nothing was calibrated on.
+recipe's own algorithm while all others stay float, what the recipe's transforms find
+folded into them. Its effect is the mean KL divergence from the float model's predictions,
+end to end, on text that nothing was calibrated on.
+
+A small error moves the predictions by a divergence in proportion to its square. So one
+measured grid tells the others, by the errors that each leaves at the linear's outputs.
 
 The float activations before a layer are kept while its units are measured, so that only
 the layers from there on are computed again: about half of them, on average. The same
@@ -113,7 +117,7 @@ class Sensitivity:
         """Return by unit and grid how far the model diverges, in nats a token.
 
         On grids without a measured divergence: that on the grid with the nearest error at the outputs, times the
-        errors' ratio. A small error moves the predictions by a divergence in proportion to its square.
+        errors' ratio.
         """
         found: dict[str, dict[str, float]] = {}
         for name, results in self.table().items():
