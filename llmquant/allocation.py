@@ -5,6 +5,9 @@ recipe's own transforms and algorithm. Dynamic programming over the exact sizes 
 The model is then quantized by the uniform recipe of that size and by the allocation, both are measured as written,
 and on text that nothing was chosen by the allocation must not be worse: otherwise the uniform model is the result.
 
+Nothing is measured again around the chosen types: the divergences of single matrices add up. On the demo model, at the
+size of Q3_K_M, their sums promise 0.589 of the uniform mixture's divergence, and 0.576 came out.
+
 Three splits of text: calibration; selection, which sensitivities and allocations are measured on; check. No sequence
 of one has a passage of another.
 """
@@ -24,7 +27,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llmquant import budget as budgets
-from llmquant import data, evaluation, memory, plugins, run, sensitivity
+from llmquant import data, evaluation, plugins, run, sensitivity
 from llmquant import recipe as recipes
 from llmquant.checkpoint import check_output, read_json, write_json
 from llmquant.errors import DataError, RecipeError
@@ -99,7 +102,6 @@ def quantize(
     What is measured and tried is kept beside ``out`` until the end; the same call after a crash goes on from there.
     """
     started = time.monotonic()
-    memory.reset_peak()
     out = Path(out)
     check_output(out)
     folder = out.with_name(f"{out.name}.trials")
@@ -119,11 +121,11 @@ def quantize(
         quick=True,
     )
     filled = budgets.fill(model, uniform, found, f"{limit}B", uniform.name, trust_remote_code)
-    reference = Reference(model, device, trust_remote_code)
     names = {"uniform": uniform, "allocated": filled.recipe}
     reports = {
         name: _tried(model, one, folder / name, device, trust_remote_code, progress) for name, one in names.items()
     }
+    reference = Reference(model, device, trust_remote_code)
     klds = {
         (name, split): _divergence(folder / name, windows, reference, device, trust_remote_code, progress)
         for split, windows in (("selection", texts.selection), ("check", texts.check))
@@ -143,7 +145,6 @@ def quantize(
     report.allocation = asdict(Allocation(limit, labels, list(trials.values()), chosen))
     report.outputs = {format_: str(out)}
     report.seconds = round(time.monotonic() - started, 2)
-    report.peak_rss_bytes = memory.peak_bytes()
     return report, texts.held_out
 
 

@@ -1,10 +1,11 @@
 """A type for every tensor: within the size, better than the uniform mixture on text it was not chosen by, or that."""
 
 import dataclasses
+import sys
 
 import pytest
 
-from llmquant import allocation, api, budget, data, evaluation, recipe, run, sensitivity
+from llmquant import allocation, api, budget, cli, data, evaluation, recipe, run, sensitivity
 from llmquant.errors import LlmquantError, RecipeError
 
 
@@ -64,8 +65,8 @@ def test_a_worse_allocation_is_not_written(llama, rounding, tmp_path, monkeypatc
     fill = budget.fill
 
     def worse(model, chosen, found, size, *rest):
-        costs = [dataclasses.replace(result, kld=1 / result.kld) for result in found.results]
-        return fill(model, chosen, dataclasses.replace(found, results=tuple(costs)), size, *rest)
+        errors = {unit: {grid: 1 / error for grid, error in of.items()} for unit, of in found.errors.items()}
+        return fill(model, chosen, dataclasses.replace(found, errors=errors), size, *rest)
 
     monkeypatch.setattr(budget, "fill", worse)
     out = tmp_path / "out"
@@ -202,3 +203,26 @@ def test_what_a_budget_cannot_be_spent_on_is_refused(llama, rounding, texts, tmp
         run.quantize(llama, recipe.load("gguf-auto", rounding), tmp_path / "out")
     with pytest.raises(RecipeError, match="budget: is for one container, and the recipe has 2"):
         api.plan(llama, "rtn-w4g128", changes=["budget=5bpw", "formats=[gptq, compressed_tensors]"])
+
+
+def test_the_command_line_asks_for_one_budget_and_passes_it_on(monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llmquant", "quantize", "model", "gguf-auto", "--out", "out", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr().err
+
+    def quantize(model, name, out, *, changes, **_):
+        chosen = recipe.load(name, changes)
+        raise LlmquantError(f"{chosen.budget} {chosen.selection.path if chosen.selection else 'none'}")
+
+    monkeypatch.setattr(api, "quantize", quantize)
+    for arguments, said in (
+        ((), "q4_k_m none"),
+        (("--budget", "4.5bpw"), "4.5bpw none"),
+        (("--budget-like", "q2_k", "--select", "text.txt"), "q2_k text.txt"),
+        (("--budget", "4.5bpw", "--budget-like", "q2_k"), "give one of them"),
+    ):
+        code, told = command(*arguments)
+        assert code == 2
+        assert said in told
