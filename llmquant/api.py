@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from llmquant import allocation, data, evaluation, plugins, run
 from llmquant import budget as budgets
-from llmquant import data, evaluation, plugins, run
 from llmquant import export as exporting
 from llmquant import recipe as recipes
 from llmquant import report as reports
@@ -38,10 +38,15 @@ def plan(
 ) -> Plan:
     """Return what a run would do to every tensor, and what it would cost. Reads no weights.
 
+    Of a recipe with a budget: what the uniform recipe would do that its result is compared with.
+
     >>> plan("org/model", "gptq-w4g128").bits_per_weight  # doctest: +SKIP
     4.125
     """
-    return run.make_plan(model, _recipe(recipe, changes), trust_remote_code)
+    chosen = _recipe(recipe, changes)
+    if chosen.budget is not None:
+        chosen, _ = allocation.within(model, chosen, trust_remote_code)
+    return run.make_plan(model, chosen, trust_remote_code)
 
 
 def quantize(
@@ -64,6 +69,7 @@ def quantize(
 
     model: a folder or a hub id. recipe: a shipped name, a YAML file or a Recipe.
     changes: "key.path=value" for keys of the recipe.
+        With ``budget`` ("4.5bpw", "3.2GB", "q4_k_m") a type is chosen for every tensor (``llmquant.allocation``).
     work: a folder to keep the finished layers in; by default it is beside ``out`` and removed at the end.
     text: what to measure on; by default sequences of the calibration text that were not calibrated on.
     noise: measure too how the error grows from layer to layer (``Report.residual_errors``), on the same text. Needs
@@ -72,10 +78,12 @@ def quantize(
     >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
     """
     chosen = _recipe(recipe, changes)
+    if chosen.budget is not None and work is not None:
+        raise RecipeError("budget: keeps no work folder. Quantize by the recipe.yaml that it writes, with --work.")
     if noise and (not evaluate or (text is None and chosen.calibration is None)):
         raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
     windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
-    report, held_out = run.quantize(model, chosen, out, work, device, restart, trust_remote_code, progress)
+    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress)
     windows = windows or (held_out if evaluate else None)
     rows: list[Row] = []
     if windows is not None:
@@ -121,14 +129,14 @@ def compare(
     out = Path(out)
     check_output(out)
     for one in chosen:  # whatever cannot work stops here, before any work
-        run.make_plan(model, one, trust_remote_code)
+        plan(model, one, trust_remote_code=trust_remote_code)
     windows = None if text is None else evaluation.read_windows(model, text, protocol, max_tokens)
     if windows is None and not any(r.calibration for r in chosen):
         raise DataError("compare: there is no text to evaluate on. Give --text FILE.")
     reference = Reference(model, device, trust_remote_code)
     reports = []
     for one in chosen:
-        report, held_out = run.quantize(model, one, out / one.name, None, device, False, trust_remote_code, progress)
+        report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
         windows = windows or held_out
         reports.append(report)
     if windows is None:
@@ -278,6 +286,22 @@ def budget(
 
 def _recipe(recipe: str | Path | Recipe, changes: Iterable[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, list(changes))
+
+
+def _run(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    work: str | Path | None,
+    device: str,
+    restart: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Report, Windows | None]:
+    """Quantize by a recipe, with a budget or without; return the report, and held-out text if there is."""
+    if recipe.budget is not None:
+        return allocation.quantize(model, recipe, out, device, restart, trust_remote_code, progress)
+    return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress)
 
 
 def _measure(

@@ -70,14 +70,14 @@ def fill(
     (format_,) = recipe.formats
     stream = run.open_stream(model, recipe, trust_remote_code=trust)
     own = run.plan_for(stream, recipe)
-    check_weights_only(recipe, own)
+    check_weights_only(own)
     units = units_of(own, found.by)
-    table = found.table()
+    costs = found.costs()
     grids = found.grids
-    missing = [(u.name, g) for u in units for g in grids if g not in table.get(u.name, {})]
-    if missing or len(units) != len(table):
+    missing = [(u.name, g) for u in units for g in grids if g not in costs.get(u.name, {})]
+    if missing or len(units) != len(costs):
         raise RecipeError(
-            f"--sensitivity: knows {len(table)} units of {found.model}, and this model and recipe have {len(units)}"
+            f"--sensitivity: knows {len(costs)} units of {found.model}, and this model and recipe have {len(units)}"
             + (f"; {missing[0][0]} was not measured on {missing[0][1]}" if missing else "")
             + ". Run `llmquant sensitivity` with this model and recipe to its end."
         )
@@ -94,8 +94,8 @@ def fill(
     labels: list[list[str]] = []
     for unit in units:
         of = {grid: sum(sizes[grid][name] for name in unit.linears) for grid in grids}
-        labels.append(sorted(grids, key=lambda grid: (of[grid], table[unit.name][grid].kld)))
-        options.append([(of[grid], table[unit.name][grid].kld) for grid in labels[-1]])
+        labels.append(sorted(grids, key=lambda grid: (of[grid], costs[unit.name][grid])))
+        options.append([(of[grid], costs[unit.name][grid]) for grid in labels[-1]])
 
     def planned(chosen: Sequence[int]) -> tuple[Recipe, Plan, dict[str, str]]:
         choices = {u.name: names[i] for u, names, i in zip(units, labels, chosen, strict=True)}
@@ -129,7 +129,7 @@ def _check_same(found: Sensitivity, now: Mapping[str, Any]) -> None:
     before = found.fingerprint
     if before["model"]["hash"] != now["model"]["hash"]:
         raise RecipeError(f"--sensitivity: was measured on other weights, those of {before['model']['folder']}")
-    keys = ["algorithm", "grid"]
+    keys = ["algorithm", "grid", "transforms"]
     if OWN in found.grids:
         keys += ["mixture", "rules"]
     if before["tokens"] is not None:

@@ -130,6 +130,23 @@ def quantize(
     text: Text = None,
     protocol: ProtocolName = "llama.cpp",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result.")] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose a type for every tensor such that the weights' files, headers included, have at most this "
+            "size: 4.5bpw (in bits, over all weights of the model), 3.2GB, 3GiB."
+        ),
+    ] = None,
+    budget_like: Annotated[
+        str | None, typer.Option(help="The same, within the size of this mixture's file, such as q4_k_m.")
+    ] = None,
+    select: Annotated[
+        Path | None,
+        typer.Option(
+            help="With a budget: the text to choose and to check types on, other than the calibration text (default: "
+            "what that has beside the sequences calibrated on)."
+        ),
+    ] = None,
     noise: Annotated[
         bool,
         typer.Option("--noise", help="Measure how the error grows from layer to layer: both models once more."),
@@ -147,12 +164,18 @@ def quantize(
     """
     from llmquant import api
 
+    if budget and budget_like:
+        raise RecipeError("--budget, --budget-like: give one of them")
+    keys = {"max_shard_size": split, "budget": budget or budget_like, "selection.path": select}
     with _progress() as tell:
         report = api.quantize(
             model,
             recipe,
             folder,
-            changes=[*_with(changes, formats, pure, tensor_types), *([f"max_shard_size={split}"] if split else [])],
+            changes=[
+                *_with(changes, formats, pure, tensor_types),
+                *(f"{key}={value}" for key, value in keys.items() if value),
+            ],
             work=work,
             device=device,
             text=text,
@@ -163,12 +186,15 @@ def quantize(
             trust_remote_code=trust,
             progress=tell,
         )
+    from llmquant import report as reports
     from llmquant.evaluation import Row
 
     if report.resumed_layers:
         out.print(f"{report.resumed_layers} finished layers were taken from the work folder.")
     for note in report.notes:
         out.print(f"note: {escape(note)}")
+    for line in reports.allocation_lines(report):
+        out.print(escape(line), soft_wrap=True)
     if report.evaluation:
         _show([Row(**row) for row in report.evaluation])
     elif not no_eval:

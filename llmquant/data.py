@@ -130,8 +130,12 @@ def documents(source: TextSource, tokenizer: Any) -> Iterator[str]:
         yield _as_text(source, row[source.field], number, tokenizer)
 
 
-def calibration_tokens(source: Calibration, tokenizer: Any, context: int) -> CalibrationTokens:
+def calibration_tokens(
+    source: Calibration, tokenizer: Any, context: int, held_out: int = HELD_OUT
+) -> CalibrationTokens:
     """Return sequences of equal length, chosen by the seed among all that the text gives.
+
+    held_out: how many more to keep back, as far as the text gives them; asking for more changes none of the first.
 
     A streamed dataset is read until it has given ``SPARE`` times as many as are
     asked for. Raises DataError when there are too few.
@@ -170,12 +174,12 @@ def calibration_tokens(source: Calibration, tokenizer: Any, context: int) -> Cal
             + "."
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
-    chosen = found[order[: source.sequences + HELD_OUT]]
+    chosen = found[order[: source.sequences + held_out]]
     if use_bos:
         chosen = torch.cat([torch.full((len(chosen), 1), bos, dtype=torch.int64), chosen], dim=1)
-    tokens, held_out = chosen[: source.sequences], chosen[source.sequences :]
+    tokens, others = chosen[: source.sequences], chosen[source.sequences :]
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationTokens(tokens, held_out, source.label, len(found), use_bos, digest)
+    return CalibrationTokens(tokens, others, source.label, len(found), use_bos, digest)
 
 
 def held_out_windows(text: CalibrationTokens) -> protocols.Windows | None:

@@ -66,12 +66,10 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
             goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
             told: dict[str, Any] = {}
             floats: dict[str, Tensor] = {}
-            known = log.information(index) if plan.needs == "fisher" else None
-            outputs = (
-                {n: tuple(p.to(stream.device) for p in parts) for n, parts in known.linears.items()} if known else {}
-            )
+            known = log.information(index, stream.device) if plan.needs == "fisher" else None
+            outputs = dict(known.linears) if known else {}
             if plan.recipe.folds:
-                floats, told, scales = _transform_layer(plan, stream, layer, index, activations, outputs)
+                floats, told, scales = transform_layer(plan, stream, layer, index, activations, outputs)
                 if goal is not None:
                     goal.scales = scales
             with_goal = goal if plan.recipe.mismatch_correction else None
@@ -131,7 +129,7 @@ def _learn(
         torch.cat(activations.batches),
         torch.cat(goal.activations.batches),
         stream.caller(activations, index),
-        known.layer.to(stream.device),
+        known.layer,
         plan.recipe.learned_rounding,
     )
     for local, linear in linears.items():
@@ -180,7 +178,7 @@ class Goal:
         return x / self.scales[site.name] if site.name in self.scales else x
 
 
-def _transform_layer(
+def transform_layer(
     plan: Plan,
     stream: Stream,
     layer: nn.Module,

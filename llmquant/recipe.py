@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmquant import plugins
 from llmquant.activations import ActivationScheme
-from llmquant.data import Calibration
+from llmquant.data import Calibration, TextSource
 from llmquant.errors import RecipeError
 from llmquant.learned import LearnedRounding
 
@@ -102,6 +102,10 @@ class Recipe(BaseModel):
     bias_correction: add the mean error of a linear's outputs to its bias, where it has one.
     tied_embeddings: "keep" the embedding and the output matrix one tensor, or "untie" them into two.
     formats: the containers to write; see `llmquant list formats`.
+    budget: the most that the weights' files may have: 4.5bpw (in bits, over all weights of the model), 3.2GB, 3GiB, or
+        a mixture such as q4_k_m for the size of its file. The types are then chosen tensor by tensor.
+    selection: the text to choose them on, other than the calibration text; by default sequences of that which are not
+        calibrated on.
     max_shard_size: the most bytes of tensors in one file, such as 5GB or 500MB; "none" for a single file.
     """
 
@@ -126,6 +130,8 @@ class Recipe(BaseModel):
     bias_correction: bool = False
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
+    budget: str | None = None
+    selection: TextSource | None = None
     max_shard_size: str | None = Field(default=None, coerce_numbers_to_str=True)
 
     @property

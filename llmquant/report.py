@@ -100,7 +100,7 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
     ]
     if rows:
         lines += [markdown(COLUMNS, map(cells, rows)), "", f"Protocol: {rows[0].protocol}.", ""]
-    lines += [*noise_table(report, format_), ""]
+    lines += [*(f"- {line}" for line in allocation_lines(report)), "", *noise_table(report, format_), ""]
     if report.calibration:
         c = report.calibration
         lines += [
@@ -112,6 +112,23 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
         lines += ["Departures from the recipe's grid:", "", *(f"- {note}" for note in report.notes), ""]
     recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
     return "\n".join([*lines, "The recipe as run:", "", "```yaml", recipe, "```", ""])
+
+
+def allocation_lines(report: Report) -> list[str]:
+    """Return how the types were chosen, where a budget asked for that."""
+    if not report.allocation:
+        return []
+    found = report.allocation
+    selection, check = found["splits"]
+    lines = [f"A type for every tensor within {found['budget']:,} bytes; KLD on two texts ({selection}; {check}):"]
+    for trial in found["trials"]:
+        types = ", ".join(f"{count} {name}" for name, count in sorted(trial["types"].items()))
+        expected = "" if trial["expected"] is None else f", {trial['expected']:.6f} expected"
+        lines.append(
+            f"{trial['name']}: {trial['bytes']:,} bytes, {trial['selection']:.6f}{expected}; {trial['check']:.6f}"
+            + (f"; {types}" if types else "")
+        )
+    return [*lines, f"written: {found['chosen']}"]
 
 
 def noise_table(report: Report, format_: str) -> list[str]:

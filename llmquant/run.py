@@ -21,7 +21,7 @@ import llmquant
 from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CheckpointError, LlmquantError
+from llmquant.errors import CheckpointError, LlmquantError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -40,6 +40,7 @@ class Report:
         where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
+    allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
     outputs: format -> folder. bytes: format -> size of its weights' files.
     """
 
@@ -57,6 +58,7 @@ class Report:
     resumed_layers: int = 0
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     residual_errors: dict[str, list[float]] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -151,6 +153,8 @@ def quantize(
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
         if not given). The same call after a crash goes on from there.
     """
+    if recipe_.budget is not None:
+        raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
     started = time.monotonic()
     memory.reset_peak()
     out = Path(out)

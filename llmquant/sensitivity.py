@@ -1,8 +1,12 @@
 """How much each linear of a model matters: quantized alone, what becomes of the predictions.
 
 Every unit (a linear, the linears of a site, or those of a layer) is quantized by the
-recipe's own algorithm while all others stay float. Its effect is the mean KL divergence
-from the float model's predictions, end to end, on text that nothing was calibrated on.
+recipe's own algorithm while all others stay float, what the recipe's transforms find
+folded into them. Its effect is the mean KL divergence from the float model's predictions,
+end to end, on text that nothing was calibrated on.
+
+A small error moves the predictions by a divergence in proportion to its square. So one
+measured grid tells the others, by the errors that each leaves at the linear's outputs.
 
 The float activations before a layer are kept while its units are measured, so that only
 the layers from there on are computed again: about half of them, on average. The same
@@ -13,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +49,8 @@ OWN = "recipe"
 BLOCK_GRIDS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 BITS = ("2", "3", "4", "8")
 FILE = "sensitivity.json"
+TINY = 1e-30
+ROWS = 128  # enough to know the mean error of all to some per cent
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """All that was measured. fingerprint: what decides the figures: model, recipe, texts, versions."""
+    """All that was measured.
+
+    errors: by unit and grid, what quantizing leaves at the linears' outputs, as a share of their power, on average
+        over the unit's linears.
+    fingerprint: what decides the figures: model, recipe, texts, versions.
+    """
 
     model: str
     recipe: str
@@ -85,17 +98,35 @@ class Sensitivity:
     protocol: str
     units: tuple[Unit, ...]
     results: tuple[Measured, ...]
+    errors: Mapping[str, Mapping[str, float]]
     fingerprint: Mapping[str, Any]
 
     @property
     def grids(self) -> list[str]:
-        return list(dict.fromkeys(result.grid for result in self.results))
+        grids = [grid for of_unit in self.errors.values() for grid in of_unit]
+        return list(dict.fromkeys([*grids, *(result.grid for result in self.results)]))
 
     def table(self) -> dict[str, dict[str, Measured]]:
         """Return the results by unit, then by grid."""
         found: dict[str, dict[str, Measured]] = {unit.name: {} for unit in self.units}
         for result in self.results:
             found[result.unit][result.grid] = result
+        return found
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Return by unit and grid how far the model diverges, in nats a token.
+
+        On grids without a measured divergence: that on the grid with the nearest error at the outputs, times the
+        errors' ratio.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for name, results in self.table().items():
+            found[name] = {grid: result.kld for grid, result in results.items()}
+            errors = {grid: max(error, TINY) for grid, error in self.errors.get(name, {}).items()}
+            for grid in errors.keys() - results.keys():
+                near = min(results, key=lambda g: abs(math.log(errors[g] / errors[grid])), default=None)
+                if near is not None:
+                    found[name][grid] = results[near].kld * errors[grid] / errors[near]
         return found
 
 
@@ -152,7 +183,7 @@ def with_rules(recipe: Recipe, rules: Sequence[Mapping[str, Any]], name: str = "
 
     A mixture's own types give way to smaller blocks where theirs do not divide a matrix; so do the rules' then.
     """
-    values = recipe.model_dump(exclude_defaults=True)
+    values = recipe.model_dump(exclude_defaults=True, exclude={"budget", "selection"})
     values["rules"] = [*rules, *values.get("rules", [])]
     if recipe.mixture is not None and rules:
         values["fallback"] = "substitute"
@@ -187,11 +218,10 @@ def _unit(name: str, layer: int | None, linears: Sequence[Linear]) -> Unit:
     return Unit(name, layer, tuple(x.name for x in linears), sum(x.weights for x in linears))
 
 
-def check_weights_only(recipe: Recipe, plan: Plan) -> None:
-    """Raise RecipeError when a recipe does more than round weights: nothing else is measured."""
-    if recipe.transforms or any(x.activations for x in plan.linears):
-        what = "transforms" if recipe.transforms else "activations"
-        raise RecipeError(f"{what}: only the rounding of weights is measured. Leave out `{what}`")
+def check_weights_only(plan: Plan) -> None:
+    """Raise RecipeError when a recipe rounds more than weights: nothing else is measured."""
+    if any(x.activations for x in plan.linears):
+        raise RecipeError("activations: only the rounding of weights is measured. Leave out `activations`")
 
 
 @torch.no_grad()
@@ -207,10 +237,15 @@ def measure(
     trust_remote_code: bool = False,
     announce: Callable[[Cost], None] = lambda cost: None,
     progress: Progress = silent,
+    quick: bool = False,
 ) -> Sensitivity:
     """Measure every unit on every grid; write ``out/sensitivity.json`` after each measurement and return it.
 
+    What the recipe's transforms find for its own grids is folded into a layer before its units are measured.
+
     windows: text that the recipe does not calibrate on. grids: as for ``grids_of``.
+    quick: measure the divergence of a unit on the grid next to the recipe's own only; on the others the error at the
+        outputs, of ``ROWS`` rows.
     announce: told the cost before the measurements begin, after one pass of the float model.
 
     The same call goes on where one before stopped; other grids are added to what is there.
@@ -221,7 +256,7 @@ def measure(
     checkpoint = stream.checkpoint
     labels = grids_of(grids, recipe)
     own = run.plan_for(stream, recipe)
-    check_weights_only(recipe, own)
+    check_weights_only(own)
     units = units_of(own, by)
     plans = {label: _uniform_plan(stream, recipe, units, label) for label in labels}
     most = most_of(p.needs for p in plans.values())
@@ -230,45 +265,58 @@ def measure(
         assert recipe.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe.calibration, tokenizer, stream.context)
+    if recipe.transforms:
+        stream.dtype = torch.float32
     stream.load()
     if own.untie:
         head = stream.model.get_submodule(stream.spec.head)
         head.weight = nn.Parameter(stream.embedding_weight().clone(), requires_grad=False)
     log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text), restart)
-    todo = [(unit, label) for unit in units for label in labels if (unit.name, label) not in log.found]
+    ends = {(u.name, g) for u in units for g in ([_nearest(own, plans, u)] if quick else labels)}
+    todo = [(u, label) for u in units for label in labels if log.lacks(u.name, label, (u.name, label) in ends)]
     if not todo:
         return log.all()
 
     walk = _Walk(stream, windows, progress)
-    passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit, _ in todo)
-    announce(walk.cost(len(todo), passes))
+    passed = [unit for unit, label in todo if (unit.name, label) in ends]
+    passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit in passed)
+    announce(walk.cost(len(passed), passes))
     known = run.importance(own, stream)
     done = 0
 
-    def record(unit: Unit, label: str, result: Result) -> None:
+    def record(unit: Unit, label: str, error: float, result: Result | None) -> None:
         nonlocal done
-        log.add(_measured(plans[label], unit, label, result))
+        log.add(unit, label, error, None if result is None else _measured(plans[label], unit, label, result))
         done += 1
         progress("measuring", done, len(todo))
 
     held = stream.start(windows.tokens)
     sample = None if text is None else stream.start(text.tokens)
-    needed = {label: plan for label, plan in plans.items() if any(label == wanted for _, wanted in todo)}
     for index in range(stream.layers):
         with stream.layer(index) as layer:
-            stats = {} if sample is None else _collect(stream, layer, index, sample, replace(own, needs=most))
-            for label, plan in needed.items():
+            stats: dict[str, Stats] = {}
+            if sample is not None:
+                if recipe.folds and any(unit.layer == index for unit, _ in todo):
+                    layers.transform_layer(own, stream, layer, index, sample, {})
+                stats = _collect(stream, layer, index, sample, replace(own, needs=most))
+            for label, plan in plans.items():
                 here = [unit for unit, wanted in todo if unit.layer == index and wanted == label]
-                weights = _quantized(plan, layer, index, [n for u in here for n in u.linears], stats, known)
+                whole = [n for u in here if (u.name, label) in ends for n in u.linears]
+                parts = [n for u in here if (u.name, label) not in ends for n in u.linears]
+                weights, errors = _quantized(plan, layer, index, whole, stats, known)
+                errors |= _quantized(plan, layer, index, parts, stats, known, ROWS)[1]
                 for unit in here:
-                    modules = {layer.get_submodule(_local(own, n)): weights[n] for n in unit.linears}
-                    with _replaced(modules):
-                        x = Activations(list(held.batches), held.calls)
-                        stream.run(layer, index, x)
-                    record(unit, label, walk.score(x, index + 1))
+                    result = None
+                    if (unit.name, label) in ends:
+                        modules = {layer.get_submodule(_local(own, n)): weights[n] for n in unit.linears}
+                        with _replaced(modules):
+                            x = Activations(list(held.batches), held.calls)
+                            stream.run(layer, index, x)
+                        result = walk.score(x, index + 1)
+                    record(unit, label, sum(errors[n] for n in unit.linears) / len(unit.linears), result)
             stream.run(layer, index, held)
-    for unit, label in [(unit, label) for unit, label in todo if unit.layer is None]:
-        linear = plans[label].quantized[unit.linears[0]]
+    for unit in [unit for unit in units if unit.layer is None and any(unit == of for of, _ in todo)]:
+        linear = own.quantized[unit.linears[0]]
         stats_here = _importance(known, linear) or Stats.none(linear.cols, stream.device)
         if sample is not None and text is not None:
             if linear.lookup:
@@ -276,13 +324,27 @@ def measure(
             else:
                 stats_here = layers.head_stats(stream, text.tokens, sample, replace(own, needs=most))
         weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
-        quantized, _, _ = layers.quantize_together([linear], [weight], stats_here)
-        with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
-            again = linear.lookup
-            x = stream.start(windows.tokens) if again else held
-            result = walk.score(Activations(list(x.batches), x.calls), 0 if again else stream.layers)
-        record(unit, label, result)
+        for label in [label for of, label in todo if of == unit]:
+            linear = plans[label].quantized[unit.linears[0]]
+            if (unit.name, label) not in ends:
+                linear, some = _some_rows(linear, weight, ROWS)
+                record(
+                    unit, label, layers.quantize_together([linear], [some], stats_here)[1][linear.name]["error"], None
+                )
+                continue
+            quantized, records, _ = layers.quantize_together([linear], [weight], stats_here)
+            with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
+                again = linear.lookup
+                x = stream.start(windows.tokens) if again else held
+                result = walk.score(Activations(list(x.batches), x.calls), 0 if again else stream.layers)
+            record(unit, label, records[linear.name]["error"], result)
     return log.all()
+
+
+def _nearest(own: Plan, plans: Mapping[str, Plan], unit: Unit) -> str:
+    """Return the grid whose bits for a weight of a unit are nearest to those that the recipe gives it."""
+    wanted = _bits(own, unit)
+    return min(plans, key=lambda label: abs(_bits(plans[label], unit) - wanted))
 
 
 def read(path: Path) -> Sensitivity:
@@ -293,8 +355,9 @@ def read(path: Path) -> Sensitivity:
             **{key: values[key] for key in ("model", "recipe", "by", "protocol", "fingerprint")},
             units=tuple(Unit(**(unit | {"linears": tuple(unit["linears"])})) for unit in values["units"]),
             results=tuple(Measured(**result) for result in values["results"]),
+            errors=values["errors"],
         )
-        found.table()
+        found.costs()
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is not what `llmquant sensitivity` writes: {error!r}") from None
     return found
@@ -388,12 +451,17 @@ class _Log:
         self._path = folder / FILE
         scored = hashlib.sha256(windows.tokens.numpy().astype("<i8").tobytes() + windows.scored.numpy().tobytes())
         fingerprint = {**made_from, "scored": scored.hexdigest()}
-        self._all = Sensitivity(str(model), recipe.name, by, windows.label, tuple(units), (), fingerprint)
+        self._all = Sensitivity(str(model), recipe.name, by, windows.label, tuple(units), (), {}, fingerprint)
         if self._path.exists() and not restart:
             before = read(self._path)
             self._refuse_others(before)
             self._all = before
-        self.found = {(result.unit, result.grid) for result in self._all.results}
+        self._found = {(result.unit, result.grid) for result in self._all.results}
+
+    def lacks(self, unit: str, grid: str, end_to_end: bool) -> bool:
+        """Whether what this unit does on this grid is still unknown."""
+        known = (unit, grid) in self._found if end_to_end else grid in self._all.errors.get(unit, {})
+        return not known
 
     def _refuse_others(self, before: Sensitivity) -> None:
         now = self._all
@@ -409,8 +477,10 @@ class _Log:
                 f"{self._path}: was measured for another {different[0]}. Give another --out, or --restart to begin anew"
             )
 
-    def add(self, result: Measured) -> None:
-        self._all = replace(self._all, results=(*self._all.results, result))
+    def add(self, unit: Unit, grid: str, error: float, result: Measured | None) -> None:
+        errors = {**self._all.errors, unit.name: {**self._all.errors.get(unit.name, {}), grid: error}}
+        results = self._all.results if result is None else (*self._all.results, result)
+        self._all = replace(self._all, results=results, errors=errors)
         beside = self._path.with_name(f"{FILE}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -443,10 +513,16 @@ def _measured(plan: Plan, unit: Unit, label: str, result: Result) -> Measured:
     assert result.kld_mean is not None
     assert result.kld_error is not None
     assert result.top1 is not None
-    linears = [plan.quantized[name] for name in unit.linears]
-    bits = sum(x.weights * x.grid.bits_per_weight for x in linears if x.grid) / unit.weights
     # no divergence is negative; a sum of float32 can be, by its rounding
-    return Measured(unit.name, label, round(bits, 4), max(result.kld_mean, 0.0), result.kld_error, result.top1)
+    return Measured(
+        unit.name, label, round(_bits(plan, unit), 4), max(result.kld_mean, 0.0), result.kld_error, result.top1
+    )
+
+
+def _bits(plan: Plan, unit: Unit) -> float:
+    """Return the bits for a weight of a unit."""
+    linears = [plan.quantized[name] for name in unit.linears]
+    return sum(x.weights * x.grid.bits_per_weight for x in linears if x.grid) / unit.weights
 
 
 def _starts_anew(plan: Plan, unit: Unit) -> bool:
@@ -483,9 +559,15 @@ def _quantized(
     names: Sequence[str],
     stats: Mapping[str, Stats],
     importance: Mapping[str, Tensor],
-) -> dict[str, Float[Tensor, "_rows _cols"]]:
-    """Return what a runtime will read in the place of these linears' weights."""
+    rows: int = sys.maxsize,
+) -> tuple[dict[str, Float[Tensor, "_rows _cols"]], dict[str, float]]:
+    """Return what a runtime will read in the place of these linears' weights, and the errors at their outputs.
+
+    rows: quantize only so many of each, evenly spread.
+    """
     found: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    scores = calibrate.score_linears(plan.spec)
     for site in plan.spec.sites:
         linears = [x for x in plan.of_layer(index, site) if x.name in names]
         weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x.name))) for x in linears]
@@ -494,10 +576,21 @@ def _quantized(
             together = [([x], [w], _importance(importance, x)) for x, w in zip(linears, weights, strict=True)]
         for these, theirs, known in together:
             if these:
+                some = [_some_rows(x, w, rows) for x, w in zip(these, theirs, strict=True)]
+                these, theirs = [x for x, _ in some], [w for _, w in some]
                 known = known or Stats.none(these[0].cols, theirs[0].device)
-                done, _, _ = layers.quantize_together(these, theirs, known)
+                uncut = [x.name for x in these if _local(plan, x.name) in scores]
+                done, records, _ = layers.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
                 found |= {name: dequantize(q) for name, q in done.items()}
-    return found
+                errors |= {name: record["error"] for name, record in records.items()}
+    return found, errors
+
+
+def _some_rows(linear: Linear, w: Float[Tensor, "rows cols"], rows: int) -> tuple[Linear, Float[Tensor, "some cols"]]:
+    """Return a linear of some rows of another, evenly spread, and their weights; all where rows share their scale."""
+    if len(w) <= rows or linear.grid is None or linear.grid.shared or linear.grid.per_tensor:
+        return linear, w
+    return replace(linear, rows=rows), w[torch.linspace(0, len(w) - 1, rows, device=w.device).long()]
 
 
 def _importance(known: Mapping[str, Tensor], linear: Linear) -> Stats | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -121,9 +122,9 @@ class Work:
     def has_information(self, layer: int) -> bool:
         return self._information(layer).exists()
 
-    def information(self, layer: int) -> LayerInformation:
+    def information(self, layer: int, device: torch.device) -> LayerInformation:
         linears: dict[str, tuple[Tensor, ...]] = {}
-        with safe_open(self._information(layer), "pt") as file:
+        with safe_open(self._information(layer), "pt", str(device)) as file:
             for key in sorted(file.keys()):
                 name, colon, _ = key.rpartition(":")
                 if colon:

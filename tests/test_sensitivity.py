@@ -218,7 +218,7 @@ def test_a_bad_grid_of_the_same_size_does_not_spoil_a_good_one(llama, mixture):
         for new, (old, times) in {"q4_0": ("q4_0", 1.6), **like}.items()
     ]
     wide, narrow = (
-        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids))
+        dataclasses.replace(found, results=tuple(r for r in made_up if r.grid in grids), errors={})
         for grids in ({*like, "q4_0"}, {"iq4_nl", "q5_0", "q8_0"})
     )
     base = recipe.load("gguf-q4_k_s")
@@ -252,7 +252,7 @@ def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windo
     for change, message in (
         ("calibration.sequences=12", r"measured with calibration = .*'sequences': 16.* this recipe has .*12"),
         (f"calibration.path={texts / 'evaluation.txt'}", r"measured with calibration = "),
-        ("transforms=[{name: awq}]", "^transforms: only the rounding of weights is measured"),
+        ("transforms=[{name: awq}]", r"measured with transforms = None, and this recipe has \[\{'name': 'awq'\}\]"),
         (
             "rules=[{match: '*.q_proj', grid: {bits: 8, strategy: channel}, activations: {type: int8}}]",
             "^activations: only the rounding of weights",
