@@ -284,8 +284,7 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
         number = version(python, package)
         for program, settings in programs.items():
             out = folder / f"affine-{name}-{program}".replace(" ", "-")
-            dtype = "float16" if program == "GPTQModel AWQ" else args.peer_dtype  # the scales of its AWQ have 16 bits
-            inputs = [str(prepared.model), str(prepared.tokens), str(out), dtype, json.dumps(settings)]
+            inputs = [str(prepared.model), str(prepared.tokens), str(out), args.peer_dtype, json.dumps(settings)]
             yield Job("affine", name, program, number, [python, str(path), *inputs], out)
 
 
