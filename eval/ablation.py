@@ -1,6 +1,7 @@
 """What does each option of GPTQ gain, alone and beside the others, and what does it cost?
 
     python eval/ablation.py MODEL --calib FILE --text FILE --out results.md [--option NAME+KEY=VALUE[+KEY=VALUE...]]
+    python eval/ablation.py --combine FILE.json [FILE.json ...] --out results.md
 
 Two tables. ``options``: for each of BASES rounding, GPTQ without any option, with each
 option alone, with the options of DEFAULT together, with each of these left out and each
@@ -11,7 +12,8 @@ Choices are made by these tables, so --text is for selection and not what files 
 compared on in the end. A row is the mean KL divergence of the written file, decoded,
 and the processor time of quantizing. What is measured goes into results.json beside
 the tables, row by row: the same command goes on with the rows that are missing, and one
-with another MODEL (--name if two folders have one name) adds that model's.
+with another MODEL (--name if two folders have one name) adds that model's. --combine makes
+the tables of several such files: runs side by side need a file each, and a model stands in one.
 
 --option adds a change of recipe to the table of options. Transforms of several options
 are done one after the other, those of DEFAULT first. The first run in a checkout
@@ -167,10 +169,24 @@ def study(args: argparse.Namespace) -> None:
         known["rows"].append(named | {"commit": commit()} | found)
         told = found["error"] or f"{found['kld_mean']:.6f} ± {found['kld_error']:.6f}, {found['seconds']:.1f} s"
         print(args.name, table, base, option, told, flush=True)
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-        beside.replace(path)
-        args.out.write_text(report(known), "utf-8")
+        write(known, args.out)
+
+
+def write(known: dict[str, Any], out: Path) -> None:
+    """Write the tables, and all rows beside them."""
+    beside = out.with_suffix(".part")
+    beside.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    beside.replace(out.with_suffix(".json"))
+    out.write_text(report(known), "utf-8")
+
+
+def combine(files: Sequence[Path], out: Path) -> None:
+    """Write the tables of several files; each model stands in one of them."""
+    found = [json.loads(path.read_text("utf-8")) for path in files]
+    models = {name: about for one in found for name, about in one["models"].items()}
+    if len(models) < sum(len(one["models"]) for one in found):
+        sys.exit("--combine: a model stands in two of the files")
+    write({"models": models, "rows": [row for one in found for row in one["rows"]]}, out)
 
 
 def report(known: dict[str, Any]) -> str:
@@ -279,9 +295,9 @@ def grid_means(rows: Rows, models: Sequence[str]) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
-    parser.add_argument("--text", type=Path, required=True, help="selection text to measure on")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--calib", type=Path, help="text to calibrate on")
+    parser.add_argument("--text", type=Path, help="selection text to measure on")
     parser.add_argument("--name", help="what the tables call the model (default: its folder's name)")
     parser.add_argument("--tables", nargs="+", default=["options", "grids"], choices=("options", "grids"))
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
@@ -292,10 +308,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the sequences of the calibration text")
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--combine", type=Path, nargs="+", help="what other runs have written")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    args.name = args.name or args.model.absolute().name
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.combine:
+        combine(args.combine, args.out)
+        return
+    if None in (args.model, args.calib, args.text):
+        parser.error("give MODEL, --calib and --text, or else --combine")
+    args.name = args.name or args.model.absolute().name
     study(args)
 
 
