@@ -204,10 +204,13 @@ def report(known: dict[str, Any]) -> str:
     ]
     options = list(dict.fromkeys(option for _, table, _, option in rows if table == "options"))
     options.sort(key=lambda option: option.partition(" ")[0] == "default")
-    lines += ["## Options, over the models", "", "Geometric mean of the ratios of KLD and of seconds.", ""]
-    lines += [markdown(("option", "over", *BASES, "seconds"), [mean_line(rows, models, x) for x in options]), ""]
-    lines += ["## Grids, over the models", "", "Geometric mean of the ratios of KLD to `none`.", ""]
-    lines += [markdown(("grid", "static_groups", "actorder", "models"), grid_means(rows, models)), ""]
+    if options:
+        table = [mean_line(rows, models, option) for option in options]
+        lines += ["## Options, over the models", "", "Geometric mean of the ratios of KLD and of seconds.", ""]
+        lines += [markdown(("option", "over", *BASES, "seconds"), table), ""]
+    if means := list(grid_means(rows, models)):
+        lines += ["## Grids, over the models", "", "Geometric mean of the ratios of KLD to `none`.", ""]
+        lines += [markdown(("grid", "static_groups", "actorder", "models"), means), ""]
     for model in models:
         about = known["models"][model]
         commits = ", ".join(dict.fromkeys(r["commit"] for r in known["rows"] if r["model"] == model))
