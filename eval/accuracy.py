@@ -15,7 +15,8 @@ measured on --text, once; the three may share no passage (splits.py makes them s
 A row is a file: its size, and its perplexity and KL divergence from the float model,
 decoded to float, and for GGUF also as llama.cpp runs it, which rounds activations too.
 DIR/accuracy.json gets each row as it is measured, DIR/scores its figures token by token;
-the same command goes on with the rows that are missing, ``--again`` measures rows anew.
+the same command goes on with the rows that are missing, ``--again`` measures rows anew,
+``--skip`` leaves programs out (``--skip auto-round``, whose 200 steps are slow on a CPU).
 ``--combine`` makes tables, a plot and one JSON file of several such folders.
 
 A variant of llmquant is a name in VARIANTS, with changes to its recipe behind it if
@@ -266,7 +267,11 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
         "llm-compressor GPTQ": {"GPTQModifier": scheme | {"actorder": "static"}},
         "llm-compressor AWQ": {"AWQModifier": {}, "QuantizationModifier": scheme},
     }
-    auto_round = {"auto-round RTN": plain | {"iters": 0}, "auto-round": plain | {"iters": 200}}
+    auto_round = {
+        "auto-round RTN": plain | {"iters": 0},
+        "auto-round light": plain | {"iters": 50, "lr": 5e-3},
+        "auto-round": plain | {"iters": 200},
+    }
     for package, python, script, programs in (
         ("gptqmodel", args.gptqmodel, GPTQMODEL, gptqmodel),
         ("llmcompressor", args.llmcompressor, LLMCOMPRESSOR, llmcompressor),
@@ -279,8 +284,7 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
         number = version(python, package)
         for program, settings in programs.items():
             out = folder / f"affine-{name}-{program}".replace(" ", "-")
-            dtype = "float16" if program == "GPTQModel AWQ" else args.peer_dtype  # the scales of its AWQ have 16 bits
-            inputs = [str(prepared.model), str(prepared.tokens), str(out), dtype, json.dumps(settings)]
+            inputs = [str(prepared.model), str(prepared.tokens), str(out), args.peer_dtype, json.dumps(settings)]
             yield Job("affine", name, program, number, [python, str(path), *inputs], out)
 
 
@@ -390,7 +394,7 @@ def study(args: argparse.Namespace) -> None:
         row = measured(prepared.gguf, "float", args, windows, reference)
         log.add(named | {"command": [], "error": None} | row)
     for job in jobs(args, prepared):
-        if job.key in log.rows:
+        if job.key in log.rows or job.program in args.skip:
             continue
         row = measure(job, args, windows, reference)
         log.add(row)
@@ -416,6 +420,7 @@ def main() -> None:
     parser.add_argument("--affine", nargs="*", default=list(AFFINE), choices=AFFINE)
     parser.add_argument("--ours", nargs="*", default=list(VARIANTS), help="NAME or NAME+KEY=VALUE[+KEY=VALUE...]")
     parser.add_argument("--again", nargs="*", default=[], help="programs whose rows are measured anew")
+    parser.add_argument("--skip", nargs="*", default=[], help="programs of others that are not run")
     parser.add_argument("--imatrix", choices=("llama.cpp", "llmquant"), default="llama.cpp", help="who makes it")
     parser.add_argument("--peer-dtype", choices=("auto", "float32"), default="float32", help="the peers compute in it")
     parser.add_argument("--sequences", type=int, default=128)

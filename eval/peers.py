@@ -41,6 +41,9 @@ import json, sys
 import torch
 from safetensors.torch import load_file
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+if not torch.accelerator.is_available():  # a CPU is 20 times faster in float32, which its AWQ refuses (7.7.0) ...
+    AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]  # ... and writes float16 from
 model, tokens, out, dtype, settings = sys.argv[1:6]
 settings = json.loads(settings)
 dtype = "auto" if dtype == "auto" else getattr(torch, dtype)  # the name of a type is silently taken for "auto"
