@@ -63,17 +63,17 @@ TYPES = {"q2_k": "q2_k", "q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s", "
 """A type -> the mixture of which it is the base, for all matrices when that is pure."""
 AFFINE = {"w4g128": (4, 128, True), "w3g128": (3, 128, False), "w2g64": (2, 64, False)}
 """A format -> bits, columns of a group, symmetric."""
+DEFAULT = [
+    *("--set", "algorithm={name: gptq, actorder: true, two_sided: true}"),
+    *("--set", "transforms=[{name: awq, clip: false}]"),
+    *("--set", "mismatch_correction=true"),
+]
 VARIANTS = {
     "rounding": ["--set", "algorithm={name: rtn}", "--set", "imatrix=$imatrix"],
     "gptq": ["--set", "algorithm={name: gptq, actorder: true}"],
-    "default": [
-        "--set",
-        "algorithm={name: gptq, actorder: true}",
-        "--set",
-        "transforms=[{name: awq, clip: false}]",
-        "--set",
-        "mismatch_correction=true",
-    ],
+    "default": DEFAULT,
+    "best": [*DEFAULT, "--set", "learned_rounding={}"],
+    "auto": [*DEFAULT, "--budget-like", "$format", "--select", "$select"],
 }
 """A name -> options of `llmquant quantize` for a recipe of nothing but a format and the calibration text.
 
@@ -235,6 +235,8 @@ def ours(
     imatrix = "null" if kind == "affine" else str(prepared.imatrix)
     for variant in args.ours:
         known, *more = variant.split("+")
+        if known == "auto" and kind != "mixture":
+            continue
         options = [Template(x).substitute(imatrix=imatrix, select=args.select, format=name) for x in VARIANTS[known]]
         options += [word for change in more for word in ("--set", change)]
         out = folder / f"{kind}-{name}-llmquant-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
