@@ -40,7 +40,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from llmquant import kernels
@@ -52,7 +52,7 @@ from llmquant.stats import Needs, Stats
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
 MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
 
-ROWS = 32  # that are rounded together where later rows absorb their errors
+ROWS = 64  # that are rounded together where later rows absorb their errors
 HELD = 128  # columns that a sweep rounds together where no span limits them
 
 
@@ -110,20 +110,23 @@ def quantize(w: Float[Tensor, "rows cols"], stats: Stats, grid: Grid, config: Co
     """
     assert stats.hessian is not None
     w = w if w.dtype == torch.float64 else w.float()
-    columns = _Columns(stats.hessian, grid, config)
+    columns = _Columns(stats.hessian, grid, config, w.dtype)
     if not config.two_sided or stats.outputs is None or grid.shared:
         return _rounded_rows(w, columns)
-    done = [_two_sided(part, of, columns) for part, of in zip(_parts(w, stats.outputs), stats.outputs, strict=True)]
-    return _stacked(done)
+    return _two_sided(w, stats.outputs, columns)
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of a linear: their Hessian, and what is computed of it once for all rows."""
+    """The columns of a linear: their Hessian, and what is computed of it once for all rows.
+
+    Computed in float64, given in ``dtype``.
+    """
 
     given: Float[Tensor, "cols cols"]
     grid: Grid
     config: Config
+    dtype: torch.dtype
 
     @property
     def importance(self) -> Float[Tensor, " cols"]:
@@ -139,12 +142,17 @@ class _Columns:
     @cached_property
     def factor(self) -> tuple[Float[Tensor, "cols cols"], float]:
         """U of the columns in that order, and the damping."""
-        return _inverse_factor(self.given[self.order][:, self.order], self.config.dampening_frac)
+        factor, damping = _inverse_factor(self.given[self.order][:, self.order], self.config.dampening_frac)
+        return factor.to(self.dtype), damping
+
+    @cached_property
+    def damped(self) -> Float64[Tensor, "cols cols"]:
+        return _damped(self.given, self.factor[1])
 
     @cached_property
     def hessian(self) -> Float[Tensor, "cols cols"]:
-        """Damped, float64."""
-        return _damped(self.given, self.factor[1])
+        """The same, in the dtype of the weights."""
+        return self.damped.to(self.dtype)
 
     @cached_property
     def by_spans(self) -> tuple[Int64[Tensor, " spans"], Int64[Tensor, "spans span"], Float[Tensor, "cols cols"]]:
@@ -153,7 +161,7 @@ class _Columns:
         first = of_span.mean(1).argsort(descending=True, stable=True)
         inside = of_span.argsort(dim=1, descending=True, stable=True)
         order = (first[:, None] * self.grid.span + inside[first]).flatten()
-        return first, inside, _upper(self.hessian[order][:, order])
+        return first, inside, _upper(self.damped[order][:, order]).to(self.dtype)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Int64[Tensor, " width"], Float[Tensor, "width width"]]]:
@@ -163,37 +171,37 @@ class _Columns:
         for start in range(0, len(self.given), width):
             block = slice(start, min(start + width, len(self.given)))
             order = self.importance[block].argsort(descending=True, stable=True)
-            found.append((block, order, _upper(self.hessian[block, block][order][:, order])))
+            found.append((block, order, _upper(self.damped[block, block][order][:, order]).to(self.dtype)))
         return found
 
 
 def _two_sided(
-    w: Float[Tensor, "rows cols"], outputs: Float[Tensor, "rows rows"], columns: _Columns
+    w: Float[Tensor, "rows cols"], outputs: Sequence[Float[Tensor, "_n _n"]], columns: _Columns
 ) -> QuantizedTensor:
-    """Return the rows rounded in blocks, each with what later rows must absorb of its errors taken from these."""
-    order = outputs.diagonal().argsort(descending=True, stable=True)
-    factor = _upper(_damped(outputs[order][:, order], columns.config.dampening_frac)).to(w.dtype)
-    left = w[order]
-    done = []
-    for start in range(0, len(w), ROWS):
+    """Return the rows rounded in blocks, those that matter most first, the later ones with the errors to absorb.
+
+    outputs: of some rows after the other; the blocks of all are rounded side by side.
+    """
+    left = w.clone()
+    parts = []
+    first = 0
+    for fisher in outputs:
+        order = fisher.diagonal().argsort(descending=True, stable=True)
+        factor = _upper(_damped(fisher[order][:, order], columns.config.dampening_frac)).to(w.dtype)
+        parts.append((first + order, factor))
+        first += len(fisher)
+    done, visited = [], []
+    for start in range(0, max(len(rows) for rows, _ in parts), ROWS):
         here = slice(start, start + ROWS)
-        q = _rounded_rows(left[here], columns)
-        done.append(q)
-        error = torch.linalg.solve_triangular(factor[here, here].T, left[here] - dequantize(q), upper=False)
-        left[start + ROWS :] -= factor[here, start + ROWS :].T @ error
-    stacked, place = _stacked(done), _inverse(order)
-    params = {name: value[place] for name, value in stacked.params.items()}
-    return replace(stacked, codes=stacked.codes[place], params=params)
-
-
-def _parts(w: Float[Tensor, "rows cols"], outputs: Sequence[Float[Tensor, "_n _n"]]) -> Sequence[Tensor]:
-    return torch.split(w, [len(of) for of in outputs])
-
-
-def _stacked(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Return the rows of several quantized matrices as one."""
-    params = {name: torch.cat([q.params[name] for q in parts]) for name in parts[0].params}
-    return replace(parts[0], codes=torch.cat([q.codes for q in parts]), params=params)
+        visited.append(torch.cat([rows[here] for rows, _ in parts]))
+        done.append(_rounded_rows(left[visited[-1]], columns))
+        left[visited[-1]] -= dequantize(done[-1])  # their errors
+        for rows, factor in parts:
+            error = torch.linalg.solve_triangular(factor[here, here].T, left[rows[here]], upper=False)
+            left[rows[start + ROWS :]] -= factor[here, start + ROWS :].T @ error
+    back = _inverse(torch.cat(visited))
+    params = {name: torch.cat([q.params[name] for q in done])[back] for name in done[0].params}
+    return replace(done[0], codes=torch.cat([q.codes for q in done])[back], params=params)
 
 
 def _rounded_rows(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTensor:
@@ -201,7 +209,6 @@ def _rounded_rows(w: Float[Tensor, "rows cols"], columns: _Columns) -> Quantized
     grid, config, importance, order = columns.grid, columns.config, columns.importance, columns.order
     static = config.static_groups or config.actorder or bool(grid.shared)
     factor, damping = columns.factor
-    factor = factor.to(w.dtype)
 
     # Work on the transpose, so that one column of the weight is contiguous.
     w_t = w.T[order].contiguous()
@@ -240,7 +247,7 @@ def _rounded_rows(w: Float[Tensor, "rows cols"], columns: _Columns) -> Quantized
     params = {name: torch.cat([p[name] for p in fitted], dim=1) for name in fitted[0]}
     q = QuantizedTensor(grid, codes[_inverse(order)].T.contiguous(), params, {"damping": damping})
     if config.scale_search and _searchable(grid) and grid.span < w.shape[1]:
-        q = _better_rows(w, columns.hessian.to(w.dtype), q, _by_spans(w, columns))
+        q = _better_rows(w, columns.hessian, q, _by_spans(w, columns))
     if config.sweeps:
         q = _swept(w, q, columns)
     return q
@@ -291,7 +298,6 @@ def _by_spans(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTens
     """Return codes and searched scales: the columns of a span one after the other, those that matter most first."""
     grid = columns.grid
     first, inside, factor = columns.by_spans
-    factor = factor.to(w.dtype)
     order = (first[:, None] * grid.span + inside[first]).flatten()
     fitted = fit_all(grid, w, columns.importance)
     params = {name: value.clone() for name, value in fitted.items()}
@@ -311,20 +317,19 @@ def _by_spans(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTens
 
 def _swept(w: Float[Tensor, "rows cols"], q: QuantizedTensor, columns: _Columns) -> QuantizedTensor:
     """Return the result of rounding every span again, ``sweeps`` times, with all other columns held."""
-    grid, of = q.grid, columns.hessian.to(w.dtype)
+    grid, of = q.grid, columns.hessian
     params = {name: value.clone() for name, value in q.params.items()}
     codes = q.codes.T.contiguous()
     error = (dequantize(q).to(w.dtype) - w).T.contiguous()
     for _ in range(columns.config.sweeps):
         for block, order, factor in columns.blocks:
             slope = (of[block] @ error)[order]
-            upper = factor.to(w.dtype)
-            away = upper @ slope  # U slope: its squares sum to the loss above the minimum, Uᵀ of it leads there
-            target = w.T[block][order] + error[block][order] - upper.T @ away
+            away = factor @ slope  # U slope: its squares sum to the loss above the minimum, Uᵀ of it leads there
+            target = w.T[block][order] + error[block][order] - factor.T @ away
             at = block.start // grid.span
             given = {name: value[:, at] for name, value in params.items()}
             inside = order + block.start % grid.span
-            trial = _search(target, inside, upper, grid, given)
+            trial = _search(target, inside, factor, grid, given)
             better = trial.error.square().sum(0) < away.square().sum(0)
             here = torch.arange(block.start, block.stop, device=w.device)[order]
             codes[here] = torch.where(better, trial.codes, codes[here])
