@@ -28,6 +28,9 @@ from llmquant.stats import Accumulator, Sample, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
 
+SEARCHED = 8192  # tokens that transforms are searched on, at least, and for each column of a layer's widest site:
+SEARCHED_BY_COLUMN = 4
+
 
 @torch.no_grad()
 def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
@@ -191,20 +194,23 @@ def transform_layer(
     Returns the changed tensors that stay float, records by linear, and by site what its activations were divided by.
 
     All sites are searched on the layer while it is float, and before any of its
-    linears is quantized: a fold changes the linear that feeds the site too.
+    linears is quantized: a fold changes the linear that feeds the site too. A search
+    needs less text than rounding does.
     """
     sites = [
         s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
     ]
     sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site), drift=False) for site in sites}
-    samples = {site.name: Sample(sum(len(x) * x.shape[1] for x in activations.batches)) for site in sites}
+    widest = max((plan.of_layer(index, site)[0].cols for site in sites), default=0)
+    some = activations.first(max(SEARCHED_BY_COLUMN * widest, SEARCHED))
+    samples = {site.name: Sample(some.tokens) for site in sites}
 
     def see(site: Site, x: Tensor) -> None:
         sums[site.name].add(x)
         samples[site.name].add(x)
 
     with calibrate.watch(layer, sites, see):
-        stream.run(layer, index, activations, keep=False)
+        stream.run(layer, index, some, keep=False)
     stats = {site.name: sums[site.name].result() for site in sites}
     inputs = {site.name: samples[site.name].result() for site in sites}
     records: dict[str, Any] = {}

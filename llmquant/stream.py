@@ -267,6 +267,18 @@ class Activations:
         self.batches = batches
         self.calls = calls
 
+    @property
+    def tokens(self) -> int:
+        return sum(len(x) * x.shape[1] for x in self.batches)
+
+    def first(self, tokens: int) -> Activations:
+        """Return the first batches, as many as have so many tokens."""
+        found = Activations([], self.calls)
+        for x in self.batches:
+            if found.tokens < tokens:
+                found.batches.append(x)
+        return found
+
     def call(self, x: Float[Tensor, "sequences time hidden"], index: int) -> calibrate.Call:
         """Return the other arguments of a layer for a batch of this size."""
         return self.calls[len(x)][index]

@@ -375,8 +375,7 @@ def of_outputs(rows, seed):
 
 
 @pytest.mark.parametrize("make", [lambda w: grid_for(w, 3, group_size=16), lambda w: q3_k.Q3_K()], ids=["w3", "q3_k"])
-def test_rows_that_absorb_the_errors_of_others_cost_less(make, monkeypatch):
-    monkeypatch.setattr(gptq, "ROWS", 8)
+def test_rows_that_absorb_the_errors_of_others_cost_less(make):
     w, x = normal(72, 256), activations(600, 256)
     outputs = (of_outputs(40, 1), of_outputs(32, 2))
     known = torch.block_diag(*outputs)
@@ -390,15 +389,15 @@ def test_rows_that_absorb_the_errors_of_others_cost_less(make, monkeypatch):
 
 def test_later_rows_are_rounded_where_the_earlier_errors_want_them(monkeypatch):
     """The best continuous second block for errors E of the first is W - G22⁻¹ G21 E."""
-    monkeypatch.setattr(gptq, "ROWS", 24)
+    monkeypatch.setattr(gptq, "BLOCKS", 2)
     w, x = normal(40, 32), activations(300, 32)
     outputs = of_outputs(40, 3)
     q, _ = two_sided(w, x, (outputs,), grid_for(w))
     known = stats_of(hessian_of(x))
-    first = gptq.quantize(w[:24], known, grid_for(w), gptq.Config())
+    first = gptq.quantize(w[:20], known, grid_for(w), gptq.Config())
     damped = outputs + 0.01 * outputs.diagonal().mean() * torch.eye(40, dtype=w.dtype)
-    error = dequantize(first).double() - w[:24]
-    second = w[24:] - torch.linalg.solve(damped[24:, 24:], damped[24:, :24] @ error)
+    error = dequantize(first).double() - w[:20]
+    second = w[20:] - torch.linalg.solve(damped[20:, 20:], damped[20:, :20] @ error)
     want = torch.cat([first.codes, gptq.quantize(second, known, grid_for(w), gptq.Config()).codes])
     assert torch.equal(q.codes, want)
 
@@ -410,6 +409,13 @@ def test_outputs_that_do_not_depend_on_each_other_change_nothing():
     alone = gptq.quantize(w, stats_of(hessian_of(x)), grid_for(w), gptq.Config())
     assert torch.equal(q.codes, alone.codes)
     assert all(torch.equal(q.params[name], value) for name, value in alone.params.items())
+
+
+def test_few_rows_are_rounded_too():
+    w, x = normal(3, 32), activations(300, 32)
+    q, _ = two_sided(w, x, (of_outputs(2, 1), of_outputs(1, 2)), grid_for(w))
+    assert q.codes.shape == w.shape
+    assert float((dequantize(q) - w).abs().max()) < float(w.abs().max())
 
 
 def test_without_information_of_outputs_and_on_shared_scales_rows_stay_independent():

@@ -28,8 +28,8 @@ the inputs and G the Fisher information of the outputs, an error E of the weight
 costs the model about tr(G E H Eᵀ) / 2 (Tseng et al. 2025, YAQA,
 https://arxiv.org/abs/2505.22988), and rows that are still to be rounded can absorb
 what those before them err, by the factor of G⁻¹. Departures: rows are rounded in
-blocks of ``ROWS``, each with everything above, so that later rows see what remains;
-G is per token and cut into blocks of rows (``gradients``).
+``BLOCKS``, each with everything above, so that later rows see what remains; G is per
+token and of some rows after the other (``gradients``).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from llmquant.stats import Needs, Stats
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
 MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
 
-ROWS = 64  # that are rounded together where later rows absorb their errors
+BLOCKS = 8  # of rows that are rounded one after the other where later rows absorb the errors of earlier ones
 HELD = 128  # columns that a sweep rounds together where no span limits them
 
 
@@ -191,14 +191,16 @@ def _two_sided(
         parts.append((first + order, factor))
         first += len(fisher)
     done, visited = [], []
-    for start in range(0, max(len(rows) for rows, _ in parts), ROWS):
-        here = slice(start, start + ROWS)
-        visited.append(torch.cat([rows[here] for rows, _ in parts]))
+    for step in range(BLOCKS):
+        here = [slice(len(rows) * step // BLOCKS, len(rows) * (step + 1) // BLOCKS) for rows, _ in parts]
+        visited.append(torch.cat([rows[block] for (rows, _), block in zip(parts, here, strict=True)]))
+        if not len(visited[-1]):
+            continue
         done.append(_rounded_rows(left[visited[-1]], columns))
         left[visited[-1]] -= dequantize(done[-1])  # their errors
-        for rows, factor in parts:
-            error = torch.linalg.solve_triangular(factor[here, here].T, left[rows[here]], upper=False)
-            left[rows[start + ROWS :]] -= factor[here, start + ROWS :].T @ error
+        for (rows, factor), block in zip(parts, here, strict=True):
+            error = torch.linalg.solve_triangular(factor[block, block].T, left[rows[block]], upper=False)
+            left[rows[block.stop :]] -= factor[block, block.stop :].T @ error
     back = _inverse(torch.cat(visited))
     params = {name: torch.cat([q.params[name] for q in done])[back] for name in done[0].params}
     return replace(done[0], codes=torch.cat([q.codes for q in done])[back], params=params)
