@@ -36,10 +36,11 @@ SEARCHED_BY_COLUMN = 4
 def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
     """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
 
-    The activations are those of the quantized model. Where a mismatch is corrected, the float model's go along.
+    The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
+    for half of the text.
     """
     along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
-    aimed = stream.start(tokens) if along else None
+    aimed = stream.start(tokens).first(tokens.numel() // 2) if along else None
     outside = [x for x in plan.of_layer(None) if x.grid]
     information = _keep_information(plan, stream, log, tokens)
     for linear in (x for x in outside if x.lookup):
@@ -129,7 +130,7 @@ def _learn(
         layer,
         {local: done.linears[x.name] for local, x in linears.items()},
         {local: done.targets[x.name] for local, x in linears.items()},
-        torch.cat(activations.batches),
+        torch.cat(activations.batches[: len(goal.activations.batches)]),
         torch.cat(goal.activations.batches),
         stream.caller(activations, index),
         known.layer,
@@ -336,14 +337,14 @@ def _quantize_layer(
             chains.append(goal.activations)
 
         def begun(batch: int) -> list[calibrate.Steps]:
-            both = zip(begins, chains, strict=True)
+            both = [(b, c) for b, c in zip(begins, chains, strict=True) if batch < len(c.batches)]
             return [begin(chain.batches[batch], chain.call(chain.batches[batch], index)) for begin, chain in both]
 
         def next_site(steps: Sequence[calibrate.Steps]) -> tuple[Site | None, list[Tensor]]:
             """Return the site that is reached next, if any, and what each chain reads there."""
             stops = [next(of_chain) for of_chain in steps]
             site, seen = stops[0][0], [x for _, x in stops]
-            if site is not None and goal is not None:
+            if site is not None and goal is not None and len(seen) > 1:
                 seen[1] = goal.scaled(site, seen[1])
             return site, seen
 
@@ -362,8 +363,8 @@ def _quantize_layer(
                     of_chain.close()
             else:
                 ends = [next_site(steps)[1] for steps in running]
-                for chain, given in zip(chains, zip(*ends, strict=True), strict=True):
-                    chain.batches = list(given)
+                for i, chain in enumerate(chains):
+                    chain.batches = [of_batch[i] for of_batch in ends[: len(chain.batches)]]
             return done
         for together in [[s] for s in sites] if plan.recipe.true_sequential or not sites else [sites]:
             wanted = {s.name: _accumulator(plan, stream, plan.of_layer(index, s), goal is not None) for s in together}
@@ -428,7 +429,7 @@ def head_stats(
     at = 0
     for i, x in enumerate(activations.batches):
         of_batch = tokens[at : at + len(x)]
-        both = [x] if aimed is None else [x, aimed.batches[i]]
+        both = [x] if aimed is None else [x, *aimed.batches[i : i + 1]]
         sums.add(*(stream.before_head(of_batch, y).flatten(0, 1) for y in both))
         at += len(x)
     return sums.result()

@@ -38,11 +38,12 @@ def corrected(
     """
     drift = stats.drift
     assert drift is not None
-    assert stats.hessian is not None
     w = torch.cat([weight.float() for weight in weights]) if len(weights) > 1 else weights[0].float()
     moved = [w @ cross for cross in drift.crosses]
     halves = [_solved(hessian, m) for hessian, m in zip(drift.hessians, moved, strict=True)]
-    step = _solved(stats.hessian, drift.shares[0] * moved[0] + drift.shares[1] * moved[1])
+    first, second = drift.shares
+    hessian = first * drift.hessians[0] + second * drift.hessians[1]
+    step = _solved(hessian, first * moved[0] + second * moved[1])
     # E|(W + a S) x - W x'|² on the other half is, but for a constant, curvature a² - 2 slope a, of every row
     slope, curvature = torch.zeros(len(w), device=w.device), torch.zeros(len(w), device=w.device)
     for k in (0, 1):

@@ -25,9 +25,10 @@ def most_of(needs: Iterable[Needs]) -> Needs:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the activations x are from those x' of the float model, as means over each of two halves of the tokens.
+    """How far activations x are from those x' of the float model, as means over each of two halves of the tokens.
 
-    crosses: (x' - x) xᵀ. hessians: x xᵀ. shares: of all tokens. mean: x' - x, over all of them.
+    These are tokens that the float model computed too, perhaps not all.
+    crosses: (x' - x) xᵀ. hessians: x xᵀ. shares: of the tokens. mean: x' - x, over both halves.
     """
 
     crosses: tuple[Float[Tensor, "cols cols"], Float[Tensor, "cols cols"]]
@@ -98,20 +99,20 @@ class Accumulator:
         sample: bool = False,
         drift: bool = False,
     ) -> None:
-        parts = 0 if needs in ("nothing", "diagonal") else 2 if drift else 1
+        parts = 0 if needs in ("nothing", "diagonal") else 3 if drift else 1  # two halves, and what is not compared
         self._hessians = [torch.zeros(cols, cols, device=device) for _ in range(parts)]
         self._crosses = [torch.zeros(cols, cols, device=device) for _ in range(2 if drift else 0)]
         self._counts = [0] * parts
         self._squares = torch.zeros(cols, device=device)
         self._magnitudes = torch.zeros(cols, device=device)
         self._sums = torch.zeros(cols, device=device)
-        self._aimed_sums = torch.zeros(cols, device=device)
+        self._drifts = torch.zeros(cols, device=device)
         self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
         self._sample = _Values(device) if sample else None
 
     def add(self, x: Float[Tensor, "tokens cols"], aimed: Float[Tensor, "tokens cols"] | None = None) -> None:
-        """aimed: what the float model reads in the place of x."""
+        """aimed: what the float model reads in the place of x; None where it does not compute these tokens."""
         x = x.float()
         self._tokens += x.shape[0]
         if self._sample is not None:
@@ -120,20 +121,19 @@ class Accumulator:
         self._magnitudes += magnitude.sum(0)
         self._sums += x.sum(0)
         if aimed is not None:
-            self._aimed_sums += aimed.sum(0, dtype=torch.float32)
+            self._drifts += (aimed.float() - x).sum(0)
         self._largest = torch.maximum(self._largest, magnitude.amax(0))
         if not self._hessians:
             self._squares += x.square().sum(0)
-        parts = len(self._hessians)
-        for part, hessian in enumerate(self._hessians):
-            here = slice(len(x) * part // parts, len(x) * (part + 1) // parts)
-            some = x[here]
+        half = len(x) // 2
+        parts = {len(self._hessians) - 1: slice(None)} if aimed is None else {0: slice(half), 1: slice(half, None)}
+        for part, here in parts.items() if self._hessians else ():
+            some, hessian = x[here], self._hessians[part]
             self._counts[part] += len(some)
             for start in range(0, x.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
                 hessian[block, start:].addmm_(some[:, block].T, some[:, start:])
-            if self._crosses:
-                assert aimed is not None
+            if aimed is not None:
                 self._crosses[part].addmm_((aimed[here].float() - some).T, some)
 
     def result(self) -> Stats:
@@ -145,11 +145,12 @@ class Accumulator:
             square_mean = hessian.diagonal()
         if self._crosses:
             means = [max(count, 1) for count in self._counts]
+            compared = max(sum(self._counts[:2]), 1)
             drift = Drift(
                 (self._crosses[0] / means[0], self._crosses[1] / means[1]),
                 (_symmetric(self._hessians[0] / means[0]), _symmetric(self._hessians[1] / means[1])),
-                (self._counts[0] / tokens, self._counts[1] / tokens),
-                (self._aimed_sums - self._sums) / tokens,
+                (self._counts[0] / compared, self._counts[1] / compared),
+                self._drifts / compared,
             )
         mean = self._sums / tokens
         abs_mean = self._magnitudes / tokens

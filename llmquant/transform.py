@@ -48,13 +48,15 @@ class Rounding:
         config = self.algorithm.quick(self.config) if hasattr(self.algorithm, "quick") else self.config
         return dequantize(self.algorithm.quantize(target, stats, self.grid, config))
 
-    def error(self, w: Float[Tensor, "rows cols"], stats: Stats, target: Float[Tensor, "rows cols"]) -> float:
-        """Return the mean over tokens of ||(q - w) x||², where q is what the algorithm makes of ``target``.
+    def row_errors(
+        self, w: Float[Tensor, "rows cols"], stats: Stats, target: Float[Tensor, "rows cols"]
+    ) -> Float[Tensor, " rows"]:
+        """Return for each row the mean over tokens of (q - w) x squared, q being what is made of ``target``."""
+        return row_errors(self.values(target, stats) - w, stats)
 
-        Measured on ``ROWS`` rows where there are more.
-        """
-        w, target = some_rows(w, self.grid), some_rows(target, self.grid)
-        return float(row_errors(self.values(target, stats) - w, stats).sum())
+    def error(self, w: Float[Tensor, "rows cols"], stats: Stats, target: Float[Tensor, "rows cols"]) -> float:
+        """Return their sum, of ``ROWS`` rows where there are more."""
+        return float(self.row_errors(some_rows(w, self.grid), stats, some_rows(target, self.grid)).sum())
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,17 @@ class SiteView:
 
     def error(self) -> float:
         """Return what rounding costs at the site's outputs, each linear rounded by its own algorithm."""
-        return sum(
-            rounding.error(w, self.stats, w) * len(w) / len(some_rows(w, rounding.grid))
-            for w, rounding in zip(self.weights, self.roundings, strict=True)
-            if rounding is not None
-        )
+        alike: dict[tuple[Rounding, int], list[Tensor]] = {}  # stacked, where rows share nothing
+        for i, (w, rounding) in enumerate(zip(self.weights, self.roundings, strict=True)):
+            if rounding is not None:
+                alike.setdefault((rounding, i if rounding.grid.shared else 0), []).append(w)
+        total = 0.0
+        for (rounding, _), weights in alike.items():
+            some = [some_rows(w, rounding.grid) for w in weights]
+            stacked = torch.cat(some)
+            errors = torch.split(rounding.row_errors(stacked, self.stats, stacked), [len(w) for w in some])
+            total += sum(float(of.mean()) * len(w) for of, w in zip(errors, weights, strict=True))
+        return total
 
 
 def some_rows(w: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "some cols"]:
