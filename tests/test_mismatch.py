@@ -38,6 +38,27 @@ def test_the_sums_of_both_halves_are_those_of_all_tokens():
     assert sum(drift.shares) == pytest.approx(1)
 
 
+def test_tokens_that_the_float_model_does_not_compute_count_in_the_hessian_alone():
+    x, aimed, _ = draw(300, 0.1)
+    compared = stats(x[:200], aimed[:200]).drift
+    sums = Accumulator(COLS, "hessian", drift=True)
+    sums.add(x[:90], aimed[:90])
+    sums.add(x[90:200], aimed[90:200])
+    sums.add(x[200:])
+    found = sums.result()
+    assert found.tokens == 300
+    torch.testing.assert_close(found.hessian, x.T @ x / 300)
+    torch.testing.assert_close(found.mean, x.mean(0))
+    torch.testing.assert_close(found.drift.mean, (aimed - x)[:200].mean(0))
+    assert sum(found.drift.shares) == pytest.approx(1)
+    for ours, theirs in ((found.drift.crosses, compared.crosses), (found.drift.hessians, compared.hessians)):
+        ours, theirs = (
+            sum(share * part for share, part in zip(drift.shares, parts, strict=True))
+            for drift, parts in ((found.drift, ours), (compared, theirs))
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_on_much_text_it_is_the_least_squares_solution(monkeypatch):
     monkeypatch.setattr(mismatch, "DAMPING", 0.0)
     x, aimed, w = draw(20_000, 0.1)
