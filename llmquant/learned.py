@@ -101,8 +101,8 @@ def tune(
     held = torch.arange(len(read)) % HELD_OUT == HELD_OUT - 1
     if not held.any():
         raise CalibrationError(
-            f"learned_rounding: needs {HELD_OUT} calibration sequences, one of them to judge by, and there are "
-            f"{len(read)}. Set calibration.sequences"
+            f"learned_rounding: needs {HELD_OUT} sequences that the float model computes, one of them to judge by, and "
+            f"there are {len(read)}: about half of those that are calibrated on. Set calibration.sequences"
         )
     linears = {name: _Linear.of(q, targets[name]) for name, q in done.items()}
     values, directions = torch.linalg.eigh(metric.double())

@@ -99,10 +99,12 @@ def open_stream(
     """Return the stream of a float model, with a recipe's rotations; its weights are not loaded yet."""
     device = device or torch.device("cpu")
     stream = Stream(load_float(model), device, trust_remote_code, weights=False)
-    if not recipe_.rotations:
-        return stream
-    rotated = rotation.Rotated(stream, recipe_.rotations, untie=recipe_.tied_embeddings == "untie")
-    return Stream(rotated, device, trust_remote_code, weights=False)
+    if recipe_.rotations:
+        rotated = rotation.Rotated(stream, recipe_.rotations, untie=recipe_.tied_embeddings == "untie")
+        stream = Stream(rotated, device, trust_remote_code, weights=False)
+    if recipe_.folds or recipe_.rotations:
+        stream.dtype = torch.float32  # a changed weight in 16 bits would be rounded twice
+    return stream
 
 
 def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
@@ -168,8 +170,6 @@ def quantize(
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
         text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
-        if recipe_.folds or recipe_.rotations:
-            stream.dtype = torch.float32  # a changed weight in 16 bits would be rounded twice
         stream.load()
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct

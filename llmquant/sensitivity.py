@@ -265,8 +265,6 @@ def measure(
         assert recipe.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe.calibration, tokenizer, stream.context)
-    if recipe.transforms:
-        stream.dtype = torch.float32
     stream.load()
     if own.untie:
         head = stream.model.get_submodule(stream.spec.head)

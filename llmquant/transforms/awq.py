@@ -8,7 +8,8 @@ Departures: the loss is exact over all calibration tokens (the squared error of 
 linear's output is a quadratic form in their Hessian), and it is that of the
 recipe's own grid and algorithm: what helps rounding to nearest can hurt GPTQ (see
 ``column_costs`` there). No scaling is among the candidates, and the algorithm
-itself has the last word between it and the best of the others. A row is clipped
+itself, without its refinements, has the last word between it and the best of the
+others. A row is clipped
 where that lowers the error of its whole output, and a linear only where its
 algorithm gains by it.
 """
