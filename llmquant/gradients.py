@@ -31,6 +31,9 @@ from llmquant.stream import BATCH_TOKENS, Stream
 
 ROWS = 512  # whose outputs are seen together
 TOKENS = 8192  # that gradients are taken of
+SCALE = 2.0**50
+"""Of gradients on their way back, where the dtype's range allows: products with small probabilities would else be
+subnormal numbers, on which a CPU takes ten times as long."""
 SHRINK = 0.1
 """Of F towards a multiple of the identity: no text has all tokens, and coarse grids leave the range of a quadratic. On
 held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
@@ -126,6 +129,7 @@ def _gradients(
     see: told the gradients [tokens, rows] at the outputs of each layer's ``linears``, and (name None) at the layer's
         own, times each token's size.
     """
+    scale = SCALE if torch.finfo(stream.dtype).max > 1e38 else 1.0
     activations = stream.start(tokens)
     read = []  # by every layer, batch by batch
     for index in range(stream.layers):
@@ -139,13 +143,13 @@ def _gradients(
             _at_the_end(stream, t, y, generator)
             for t, y in zip(torch.split(of_batch, 1), torch.split(x, 1), strict=True)
         ]
-        gradients.append(torch.cat([gradient for gradient, _ in ends]))
+        gradients.append(torch.cat([gradient for gradient, _ in ends]) * scale)
         heads.append(torch.cat([head for _, head in ends]))
     given = activations.batches  # by the layer
     for index in reversed(range(stream.layers)):
         for y, gradient in zip(given, gradients, strict=True):
             sizes = y.float().square().mean(-1, keepdim=True).sqrt()
-            see(index, None, (gradient.float() * sizes).flatten(0, 1))
+            see(index, None, (gradient.float() / scale * sizes).flatten(0, 1))
         given = read.pop()
         with stream.layer(index) as layer:
             for i, x in enumerate(given):
@@ -153,11 +157,11 @@ def _gradients(
                 with _kept(layer, linears) as outputs:
                     gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
                 for name, gradient in zip(outputs, others, strict=True):
-                    see(index, name, gradient.flatten(0, -2).float())
+                    see(index, name, gradient.flatten(0, -2).float() / scale)
     for of_batch, gradient, head in zip(batches, gradients, heads, strict=True):
         x = stream.model.get_submodule(stream.spec.embed)(of_batch)
         (embedded,) = _pulled_back(partial(_first_input, stream, of_batch), x, gradient, {})
-        yield embedded.flatten(0, 1).float(), head
+        yield embedded.flatten(0, 1).float() / scale, head
 
 
 @contextmanager

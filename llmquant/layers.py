@@ -28,8 +28,8 @@ from llmquant.stats import Accumulator, Sample, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
 
-SEARCHED = 8192  # tokens that transforms are searched on, at least, and for each column of a layer's widest site:
-SEARCHED_BY_COLUMN = 4
+ENOUGH = 8192  # tokens that transforms and mismatches are found on, at least, and for each column of the widest linear:
+ENOUGH_BY_COLUMN = 4
 
 
 @torch.no_grad()
@@ -37,10 +37,10 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
     """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
 
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
-    for half of the text.
+    for the first tokens.
     """
     along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
-    aimed = stream.start(tokens).first(tokens.numel() // 2) if along else None
+    aimed = stream.start(tokens).first(_enough(plan.linears)) if along else None
     outside = [x for x in plan.of_layer(None) if x.grid]
     information = _keep_information(plan, stream, log, tokens)
     for linear in (x for x in outside if x.lookup):
@@ -92,6 +92,11 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
         aim = aimed if plan.recipe.mismatch_correction else None
         _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim))
     progress("quantizing layers", plan.layers, plan.layers)
+
+
+def _enough(linears: Sequence[Linear]) -> int:
+    """Return on how many tokens transforms and mismatches are found: fewer than rounding needs."""
+    return max([ENOUGH, *(ENOUGH_BY_COLUMN * x.cols for x in linears)])
 
 
 def _save_outside(log: work.Work, linear: Linear, weight: Tensor, stats: Stats) -> None:
@@ -202,8 +207,7 @@ def transform_layer(
         s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
     ]
     sums = {site.name: _accumulator(plan, stream, plan.of_layer(index, site), drift=False) for site in sites}
-    widest = max((plan.of_layer(index, site)[0].cols for site in sites), default=0)
-    some = activations.first(max(SEARCHED_BY_COLUMN * widest, SEARCHED))
+    some = activations.first(_enough(plan.of_layer(index)))
     samples = {site.name: Sample(some.tokens) for site in sites}
 
     def see(site: Site, x: Tensor) -> None:

@@ -102,7 +102,7 @@ def tune(
     if not held.any():
         raise CalibrationError(
             f"learned_rounding: needs {HELD_OUT} sequences that the float model computes, one of them to judge by, and "
-            f"there are {len(read)}: about half of those that are calibrated on. Set calibration.sequences"
+            f"there are {len(read)}. Set calibration.sequences, or a smaller calibration.length"
         )
     linears = {name: _Linear.of(q, targets[name]) for name, q in done.items()}
     values, directions = torch.linalg.eigh(metric.double())
