@@ -72,11 +72,15 @@ OPTIONS = {
     "actorder": ["algorithm.actorder=true"],
     "static_groups": ["algorithm.static_groups=true"],
     "scale_search": ["algorithm.scale_search=true"],
-    **{f"sweeps {n}": [f"algorithm.sweeps={n}"] for n in (1, 2, 3)},
+    **{f"sweeps {n}": [f"algorithm.sweeps={n}"] for n in (1, 2)},
+    "two_sided": ["algorithm.two_sided=true"],
     "mismatch_correction": ["mismatch_correction=true"],
     "awq": ["transforms=[{name: awq, clip: false}]"],
+    "magr": ["transforms=[{name: magr}]"],
+    "rotations": ["rotations=[residual, heads]"],
+    "learned_rounding": ["learned_rounding={}"],
 }
-DEFAULT = ("actorder", "scale_search", "sweeps 1", "mismatch_correction", "awq")
+DEFAULT = ("actorder", "scale_search", "sweeps 1", "two_sided", "mismatch_correction", "awq")
 ORDERS = {  # scale_search and sweeps as they are by default
     "none": ["algorithm={name: gptq}"],
     "static_groups": ["algorithm={name: gptq, static_groups: true}"],
@@ -107,7 +111,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, str, dict[str, An
     """Yield the table, the base, the option, the recipe and its changes of all rows, what matters most first."""
     added = {name: changes for name, *changes in (given.split("+") for given in args.option)}
     if "options" in args.tables:
-        for option, changes in option_rows(OPTIONS | added):
+        for option, changes in option_rows({n: c for n, c in (OPTIONS | added).items() if n not in args.skip}):
             yield from (("options", base, option, BASES[base], changes) for base in args.bases)
     if "grids" in args.tables:
         for base in args.grids:
@@ -305,6 +309,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=["options", "grids"], choices=("options", "grids"))
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--skip", nargs="*", default=[], choices=OPTIONS, help="options that are left out")
     parser.add_argument("--option", action="append", default=[], help="NAME+KEY=VALUE[+KEY=VALUE...], one more option")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
