@@ -24,6 +24,7 @@ ALL = OPTIONS | REFINED
 refined = pytest.mark.parametrize("config", REFINED.values(), ids=REFINED)
 all_options = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 options = pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+TOKENS = 2**20  # enough to damp no more than usual
 strategies = pytest.mark.parametrize("strategy", ["group", "channel", "tensor"])
 
 
@@ -39,7 +40,7 @@ def activations(tokens, cols, dtype=torch.float64):
 
 def stats_of(hessian):
     diagonal = hessian.diagonal()
-    return Stats(hessian, diagonal, diagonal.sqrt(), 1)
+    return Stats(hessian, diagonal, diagonal.sqrt(), TOKENS)
 
 
 def hessian_of(x):
@@ -59,7 +60,7 @@ def brain_surgeon(w, hessian, grid, config):
     """
     cols = w.shape[1]
     mean = hessian.diagonal().mean()
-    inverse = torch.linalg.inv(hessian + config.dampening_frac * mean * torch.eye(cols, dtype=w.dtype))
+    inverse = torch.linalg.inv(hessian + 0.01 * mean * torch.eye(cols, dtype=w.dtype))
     fitted = fit_all(grid, w, hessian.diagonal())
     scale, offset = (t.double() for t in per_column(grid, fitted))
     order = sorted(range(cols), key=lambda c: -hessian[c, c]) if config.actorder else range(cols)
@@ -195,6 +196,12 @@ def test_a_sound_hessian_is_damped_as_asked(damping):
     assert q.record["damping"] == damping
 
 
+@pytest.mark.parametrize(("tokens", "damping"), [(2**20, 0.01), (800, 0.01), (64, 0.125), (4, 1.0)])
+def test_few_tokens_are_damped_more(tokens, damping):
+    w, stats = normal(4, 16), stats_of(hessian_of(activations(64, 16)))
+    assert gptq.quantize(w, replace(stats, tokens=tokens), grid_for(w), ONE_PASS).record["damping"] == damping
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [(2, 2), (2, 5)], ids=["diagonal", "beside"])
 def test_a_hessian_that_is_not_finite_is_refused(value, place):
@@ -221,14 +228,14 @@ def test_the_arguments_are_not_changed(config):
     assert torch.equal(hessian, before[1])
 
 
-def damped(hessian, config):
-    return hessian + config.dampening_frac * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+def damped(hessian):
+    return hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def losses(q, w, hessian, config):
     """The error that is judged, of each row, straight from its definition."""
     delta = dequantize(q).double() - w.double()
-    return torch.stack([d @ damped(hessian, config) @ d for d in delta])
+    return torch.stack([d @ damped(hessian) @ d for d in delta])
 
 
 def surgery(w, inverse, scale, offset, table, columns):
@@ -263,7 +270,7 @@ def test_searched_scales_are_those_of_the_least_loss_of_optimal_brain_quantizati
     importance = hessian.diagonal()
     expected = []
     for r, row in enumerate(w):
-        left, inverse, found = row, torch.linalg.inv(damped(hessian, config)), torch.empty_like(row)
+        left, inverse, found = row, torch.linalg.inv(damped(hessian)), torch.empty_like(row)
         for span in sorted(range(3), key=lambda s: -importance[8 * s : 8 * s + 8].mean()):
             columns = sorted(range(8 * span, 8 * span + 8), key=lambda c: -importance[c])
             trials = []
@@ -278,7 +285,7 @@ def test_searched_scales_are_those_of_the_least_loss_of_optimal_brain_quantizati
         expected.append(found)
     one_pass = gptq.quantize(w, stats_of(hessian), grid, OPTIONS["actorder"])
     before, after = dequantize(one_pass).double(), torch.stack(expected)
-    loss = [torch.stack([d @ damped(hessian, config) @ d for d in x - w]) for x in (before, after)]
+    loss = [torch.stack([d @ damped(hessian) @ d for d in x - w]) for x in (before, after)]
     better = loss[1] < loss[0]
     assert better.any()
     ours = dequantize(gptq.quantize(w, stats_of(hessian), grid, config)).double()
@@ -289,7 +296,7 @@ def test_searched_scales_are_those_of_the_least_loss_of_optimal_brain_quantizati
 def test_a_sweep_rounds_each_span_towards_the_minimum_around_all_other_columns(symmetric):
     w, hessian = normal(6, 24), hessian_of(activations(64, 24))
     grid, config = grid_for(w, 2, symmetric=symmetric), replace(REFINED["sweeps"], sweeps=1)
-    full = damped(hessian, config)
+    full = damped(hessian)
     start = gptq.quantize(w, stats_of(hessian), grid, ONE_PASS)
     expected = dequantize(start).double()
     changed = 0
