@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import llmquant
-from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, threads, work
+from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, sites, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CheckpointError, LlmquantError, RecipeError
@@ -315,7 +315,7 @@ class Direct:
     def load(self, linear: Linear) -> QuantizedTensor:
         """Return a linear, quantized."""
         weight = self._weight(linear, 0, linear.rows)
-        done, records, _ = layers.quantize_together([linear], [weight], self._stats(linear))
+        done, records, _ = sites.quantize_together([linear], [weight], self._stats(linear))
         self._records |= records
         return done[linear.name]
 
@@ -326,7 +326,7 @@ class Direct:
 
         def quantize(part: Linear, start: int) -> tuple[str, Tensor, int, dict[str, Any]]:
             weight = self._weight(part, start, start + part.rows)
-            done, told, _ = layers.quantize_together([part], [weight], self._stats(part))
+            done, told, _ = sites.quantize_together([part], [weight], self._stats(part))
             return part.name, pack(done[part.name]), part.rows, told[part.name]
 
         def taken(name: str, results: Iterable[tuple[str, Tensor, int, dict[str, Any]]]) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmquant import calibrate, data, layers, plugins, run
+from llmquant import calibrate, data, layers, plugins, run, sites
 from llmquant.checkpoint import read_json, write_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.grid import dequantize
@@ -327,10 +327,10 @@ def measure(
             if (unit.name, label) not in ends:
                 linear, some = _some_rows(linear, weight, ROWS)
                 record(
-                    unit, label, layers.quantize_together([linear], [some], stats_here)[1][linear.name]["error"], None
+                    unit, label, sites.quantize_together([linear], [some], stats_here)[1][linear.name]["error"], None
                 )
                 continue
-            quantized, records, _ = layers.quantize_together([linear], [weight], stats_here)
+            quantized, records, _ = sites.quantize_together([linear], [weight], stats_here)
             with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
                 again = linear.lookup
                 x = stream.start(windows.tokens) if again else held
@@ -578,7 +578,7 @@ def _quantized(
                 these, theirs = [x for x, _ in some], [w for _, w in some]
                 known = known or Stats.none(these[0].cols, theirs[0].device)
                 uncut = [x.name for x in these if _local(plan, x.name) in scores]
-                done, records, _ = layers.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
+                done, records, _ = sites.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
                 found |= {name: dequantize(q) for name, q in done.items()}
                 errors |= {name: record["error"] for name, record in records.items()}
     return found, errors

@@ -1,0 +1,325 @@
+"""The linears of one layer, quantized site by site on what the quantized linears before them give."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant import activations as activation_ranges
+from llmquant import calibrate, memory, mismatch, noise, plugins
+from llmquant.activations import Inputs
+from llmquant.errors import CalibrationError, LlmquantError
+from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
+from llmquant.metrics import output_error
+from llmquant.models.spec import Site
+from llmquant.plan import Linear, Plan
+from llmquant.stats import Accumulator, Stats
+from llmquant.stream import Activations, Stream
+from llmquant.transform import Rounding
+
+
+@dataclass
+class Quantized:
+    """What becomes of the linears of a layer.
+
+    linears, records: by name. targets: the weights that were rounded. biases: where they are corrected, as they are
+    stored.
+    """
+
+    linears: dict[str, QuantizedTensor] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Goal:
+    """The float model's side of a layer that is being quantized.
+
+    layer: as it is in the checkpoint. activations: what it reads. scales: by which transforms divided the
+    activations of sites.
+    """
+
+    layer: nn.Module
+    activations: Activations
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def scaled(self, site: Site, x: Tensor) -> Tensor:
+        """Return what the site would read if the float model had been transformed."""
+        return x / self.scales[site.name] if site.name in self.scales else x
+
+
+@dataclass
+class Layer:
+    """A layer on its way from float to quantized.
+
+    module: in which each quantized weight takes the place of its float one. activations: what it reads. goal: the
+    float model's side, where a mismatch is corrected. outputs: the Fisher information of linears' outputs, by name in
+    the layer, where algorithms read it. done: what there is so far.
+    """
+
+    plan: Plan
+    stream: Stream
+    module: nn.Module
+    index: int
+    activations: Activations
+    goal: Goal | None = None
+    outputs: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    done: Quantized = field(default_factory=Quantized)
+    rounding: dict[str, Inputs] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Those with something to quantize, in the order of computation."""
+        return [s for s in self.plan.spec.sites if any(x.grid for x in self.plan.of_layer(self.index, s))]
+
+    def quantize(self, go_on: bool) -> Quantized:
+        """Quantize the linears, and correct their biases if the recipe says so.
+
+        go_on: leave the outputs of the quantized layer in ``activations``, those of the float layer in the goal's.
+
+        A site's statistics are those of its inputs as the quantized layers before it make them, with
+        ``true_sequential`` also the quantized sites before it in the layer. Then, if memory allows, the layer is
+        computed once for all: every batch waits at a site until it is quantized. Otherwise one pass for each site sees
+        the same activations. The float layer keeps step.
+        """
+        waits = self.plan.waiting_bytes < memory.available_bytes(self.stream.device) / 2
+        if self.plan.recipe.true_sequential and waits:
+            self._quantize_in_one_pass(go_on)
+            return self.done
+        self._quantize_in_passes()
+        if go_on:
+            if self.goal is not None:
+                self.stream.run(self.goal.layer, self.index, self.goal.activations)
+            with calibrate.rounded(self.module, self.sites, self.rounding):
+                self.stream.run(self.module, self.index, self.activations)
+        return self.done
+
+    def _quantize_in_one_pass(self, go_on: bool) -> None:
+        with self._chains() as begun:
+            running = [begun(batch) for batch in range(len(self.activations.batches))]
+            for site in self.sites:
+                sums = self._accumulator(site)
+                for of_batch in running:
+                    sums.add(*self._next(of_batch)[1])
+                self._quantize_site(site, sums.result())
+            if not go_on:
+                for chain in itertools.chain(*running):
+                    chain.close()
+                return
+            ends = [self._next(of_batch)[1] for of_batch in running]
+        self.activations.batches = [of_batch[0] for of_batch in ends]
+        if self.goal is not None:
+            self.goal.activations.batches = [of_batch[1] for of_batch in ends if len(of_batch) > 1]
+
+    def _quantize_in_passes(self) -> None:
+        sites = self.sites
+        with self._chains() as begun:
+            for together in [[s] for s in sites] if self.plan.recipe.true_sequential or not sites else [sites]:
+                wanted = {site.name: self._accumulator(site) for site in together}
+                for batch in range(len(self.activations.batches)):
+                    chains = begun(batch)
+                    for _ in sites[: sites.index(together[-1]) + 1]:
+                        site, seen = self._next(chains)
+                        if site is not None and site.name in wanted:
+                            wanted[site.name].add(*seen)
+                    for chain in chains:
+                        chain.close()
+                for site in together:
+                    self._quantize_site(site, wanted[site.name].result())
+
+    @contextmanager
+    def _chains(self) -> Iterator[Callable[[int], list[calibrate.Steps]]]:
+        """Give what begins to compute a batch, that of the float model beside it where there is one."""
+        with ExitStack() as stack:
+            sides = [(stack.enter_context(calibrate.stepwise(self.module, self.sites)), self.activations)]
+            stack.enter_context(calibrate.rounded(self.module, self.sites, self.rounding))
+            if self.goal is not None:
+                begin = stack.enter_context(calibrate.stepwise(self.goal.layer, self.sites))
+                sides.append((begin, self.goal.activations))
+
+            def begun(batch: int) -> list[calibrate.Steps]:
+                both = [(begin, read) for begin, read in sides if batch < len(read.batches)]
+                return [begin(x := read.batches[batch], read.call(x, self.index)) for begin, read in both]
+
+            yield begun
+
+    def _next(self, chains: Sequence[calibrate.Steps]) -> tuple[Site | None, list[Tensor]]:
+        """Return the site that is reached next, if any, and what each chain reads there."""
+        stops = [next(chain) for chain in chains]
+        site, seen = stops[0][0], [x for _, x in stops]
+        if site is not None and self.goal is not None and len(seen) > 1:
+            seen[1] = self.goal.scaled(site, seen[1])
+        return site, seen
+
+    def _accumulator(self, site: Site) -> Accumulator:
+        return accumulator(self.plan, self.stream, self.plan.of_layer(self.index, site), self.goal is not None)
+
+    def _quantize_site(self, site: Site, stats: Stats) -> None:
+        plan, scores = self.plan, calibrate.score_linears(self.plan.spec)
+        linears = [x for x in plan.of_layer(self.index, site) if x.grid]
+        weights = [calibrate.weight_of(self.module.get_submodule(local_name(plan, x))) for x in linears]
+        uncut = [x.name for x in linears if local_name(plan, x) in scores]
+        if plan.recipe.bias_correction:
+            aimed = [w.float() @ _aimed_mean(stats) for w in weights]
+        information = {x.name: self.outputs.get(local_name(plan, x)) for x in linears}
+        quantized, told, targets = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut, information)
+        for linear in linears:
+            put(self.module, plan, linear, quantized[linear.name], self.rounding)
+        if plan.recipe.bias_correction:
+            self.done.biases |= _corrected_biases(plan, self.stream, self.module, linears, aimed, stats)
+        self.done.linears |= quantized
+        self.done.records |= told
+        self.done.targets |= targets
+
+
+def _aimed_mean(stats: Stats) -> Tensor:
+    """Return the mean of what a site reads in the float model, as far as that is known."""
+    assert stats.mean is not None
+    return stats.mean if stats.drift is None else stats.mean + stats.drift.mean
+
+
+def _corrected_biases(
+    plan: Plan, stream: Stream, layer: nn.Module, linears: Sequence[Linear], aimed: Sequence[Tensor], stats: Stats
+) -> dict[str, Tensor]:
+    """Give the biases that a site's linears have the mean error of their outputs; return them as they are stored.
+
+    The layer has the quantized weights already. aimed: each linear's mean output in the float model, without bias.
+
+    Source: Nagel et al. 2019, https://arxiv.org/abs/1906.04721, section 4.2, with activations measured on text.
+    """
+    assert stats.mean is not None
+    found: dict[str, Tensor] = {}
+    for linear, wanted in zip(linears, aimed, strict=True):
+        module = layer.get_submodule(local_name(plan, linear))
+        if getattr(module, "bias", None) is not None:
+            bias, name = module.get_parameter("bias"), f"{linear.name}.bias"
+            missing = wanted - calibrate.weight_of(module).float() @ stats.mean
+            stored = (bias + missing).to(stream.checkpoint.infos[name].dtype)
+            bias.copy_(stored)
+            found[name] = stored
+    return found
+
+
+def accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:
+    return Accumulator(linears[0].cols, plan.needs, stream.device, any(x.static for x in linears), drift)
+
+
+def quantize_together(
+    linears: Sequence[Linear],
+    weights: Sequence[Tensor],
+    stats: Stats,
+    rewrites: Sequence[tuple[str, Any]] = (),
+    uncut: Collection[str] = (),
+    outputs: Mapping[str, tuple[Tensor, ...] | None] | None = None,
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
+    """Quantize linears that read the same activations; return them, what a report tells, and what was rounded.
+
+    Those with the same grid and algorithm are stacked and quantized as one
+    matrix: rows do not influence each other, and the work on the Hessian is shared.
+
+    rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
+    outputs: the Fisher information of a linear's outputs, by name, where its algorithm reads it.
+    """
+    done: dict[str, QuantizedTensor] = {}
+    records: dict[str, Any] = {}
+    targets: dict[str, Tensor] = {}
+    rest = list(zip(linears, weights, strict=True))
+    while rest:
+        first = rest[0][0]
+        grid, choice = first.grid, first.choice
+        assert grid is not None
+        assert choice is not None
+        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        rest = [r for r in rest if r not in alike]
+        started = time.monotonic()
+        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
+        try:
+            wanted: list[tuple[Tensor, float | None]] = [(w.float(), None) for _, w in alike]
+            if stats.drift is not None:
+                wanted = [*mismatch.corrected([w for w, _ in wanted], stats)]
+            rounded = {
+                x.name: w if x.name in uncut else _clipped(w, stats, rounding, rewrites)
+                for (x, _), (w, _) in zip(alike, wanted, strict=True)
+            }
+            targets |= rounded
+            stacked = torch.cat(list(rounded.values())) if len(rounded) > 1 else rounded[first.name]
+            known = [outputs.get(x.name) if outputs else None for x, _ in alike]
+            of_outputs = None if None in known else tuple(part for parts in known if parts for part in parts)
+            both: QuantizedTensor = rounding.algorithm.quantize(
+                stacked, replace(stats, outputs=of_outputs), grid, rounding.config
+            )
+            if choice.activations is not None:
+                both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
+        except LlmquantError as error:
+            raise type(error)(f"{first.weight_name}: {error}") from None
+        seconds = (time.monotonic() - started) / len(alike)
+        row = 0
+        for (linear, w), (target, share) in zip(alike, wanted, strict=True):
+            q = rows_of(both, row, row + linear.rows)
+            row += linear.rows
+            done[linear.name] = q
+            told: dict[str, Any] = {} if share is None else {"corrected": round(share, 4)}
+            records[linear.name] = _record(linear, w, target, q, stats) | told | {"seconds": round(seconds, 3)}
+    return done, records, targets
+
+
+def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
+    for name, config in rewrites:
+        transform = plugins.load("transforms", name, "transforms")
+        if hasattr(transform, "clip"):
+            w = transform.clip(w, stats, rounding, config)
+    return w
+
+
+def _record(linear: Linear, w: Tensor, target: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
+    """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite.
+
+    target: the weights that were rounded; the error at the output is that of rounding these.
+    """
+    w = w.float()
+    wrong, loud, lost, heard = error_sums(q, w, stats.square_mean).tolist()
+    error = lost / max(heard, 1e-30)
+    if stats.hessian is not None:
+        error = output_error(dequantize(q).sub_(target), target, stats.hessian)
+    if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
+        raise CalibrationError(
+            f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
+            f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
+            "bfloat16, or keep this linear float by a rule."
+        )
+    assert linear.grid is not None
+    return {
+        "error": round(error, 8),
+        "bits_per_weight": round(linear.grid.bits_per_weight, 4),
+        "tokens": stats.tokens,
+        **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
+        "layer": linear.layer,
+        **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),
+        **q.record,
+    }
+
+
+def local_name(plan: Plan, linear: Linear) -> str:
+    """Return the name of a linear within its layer."""
+    return linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")
+
+
+def put(layer: nn.Module, plan: Plan, linear: Linear, q: QuantizedTensor, rounding: dict[str, Inputs]) -> None:
+    """Give a layer the weight that a runtime will read, so that what follows sees the real error.
+
+    rounding: gets an entry where a runtime rounds the linear's inputs, too.
+    """
+    weight = calibrate.weight_of(layer.get_submodule(local_name(plan, linear)))
+    with torch.no_grad():
+        weight.copy_(dequantize(q))
+    if q.inputs is not None:
+        rounding[local_name(plan, linear)] = q.inputs
