@@ -5,8 +5,9 @@ recipe's own transforms and algorithm. Dynamic programming over the exact sizes 
 The model is then quantized by the uniform recipe of that size and by the allocation, both are measured as written,
 and on text that nothing was chosen by the allocation must not be worse: otherwise the uniform model is the result.
 
-Nothing is measured again around the chosen types: the divergences of single matrices add up. On the demo model, at the
-size of Q3_K_M, their sums promise 0.589 of the uniform mixture's divergence, and 0.576 came out.
+Nothing is measured again around the chosen types: the sums choose well. On the demo model, at the size of Q3_K_M, the
+allocation has 0.60 of the uniform mixture's divergence; when all matrices of a kind were made to count 1.6 times more or
+less, the seven other allocations that came out had 0.2 % less to 11 % more.
 
 Three splits of text: calibration; selection, which sensitivities and allocations are measured on; check. No sequence
 of one has a passage of another.

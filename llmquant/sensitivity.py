@@ -21,7 +21,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -259,9 +259,8 @@ def measure(
     check_weights_only(own)
     units = units_of(own, by)
     plans = {label: _uniform_plan(stream, recipe, units, label) for label in labels}
-    most = most_of(p.needs for p in plans.values())
     text = None
-    if most != "nothing":
+    if most_of(p.needs for p in plans.values()) != "nothing":
         assert recipe.calibration is not None
         tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
         text = data.calibration_tokens(recipe.calibration, tokenizer, stream.context)
@@ -279,64 +278,101 @@ def measure(
     passed = [unit for unit, label in todo if (unit.name, label) in ends]
     passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit in passed)
     announce(walk.cost(len(passed), passes))
-    known = run.importance(own, stream)
-    done = 0
-
-    def record(unit: Unit, label: str, error: float, result: Result | None) -> None:
-        nonlocal done
-        log.add(unit, label, error, None if result is None else _measured(plans[label], unit, label, result))
-        done += 1
-        progress("measuring", done, len(todo))
-
-    held = stream.start(windows.tokens)
-    sample = None if text is None else stream.start(text.tokens)
+    task = _Task(stream, own, plans, todo, ends, windows, text, walk, log, progress)
     for index in range(stream.layers):
         with stream.layer(index) as layer:
-            stats: dict[str, Stats] = {}
-            if sample is not None:
-                if recipe.folds and any(unit.layer == index for unit, _ in todo):
-                    layers.transform_layer(own, stream, layer, index, sample, {})
-                stats = _collect(stream, layer, index, sample, replace(own, needs=most))
-            for label, plan in plans.items():
-                here = [unit for unit, wanted in todo if unit.layer == index and wanted == label]
-                whole = [n for u in here if (u.name, label) in ends for n in u.linears]
-                parts = [n for u in here if (u.name, label) not in ends for n in u.linears]
-                weights, errors = _quantized(plan, layer, index, whole, stats, known)
-                errors |= _quantized(plan, layer, index, parts, stats, known, ROWS)[1]
-                for unit in here:
-                    result = None
-                    if (unit.name, label) in ends:
-                        modules = {layer.get_submodule(_local(own, n)): weights[n] for n in unit.linears}
-                        with _replaced(modules):
-                            x = Activations(list(held.batches), held.calls)
-                            stream.run(layer, index, x)
-                        result = walk.score(x, index + 1)
-                    record(unit, label, sum(errors[n] for n in unit.linears) / len(unit.linears), result)
-            stream.run(layer, index, held)
-    for unit in [unit for unit in units if unit.layer is None and any(unit == of for of, _ in todo)]:
-        linear = own.quantized[unit.linears[0]]
-        stats_here = _importance(known, linear) or Stats.none(linear.cols, stream.device)
-        if sample is not None and text is not None:
-            if linear.lookup:
-                stats_here = layers.lookup_stats(own, stream, linear, text.tokens)
-            else:
-                stats_here = layers.head_stats(stream, text.tokens, sample, replace(own, needs=most))
-        weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
-        for label in [label for of, label in todo if of == unit]:
-            linear = plans[label].quantized[unit.linears[0]]
-            if (unit.name, label) not in ends:
-                linear, some = _some_rows(linear, weight, ROWS)
-                record(
-                    unit, label, sites.quantize_together([linear], [some], stats_here)[1][linear.name]["error"], None
-                )
-                continue
-            quantized, records, _ = sites.quantize_together([linear], [weight], stats_here)
-            with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
-                again = linear.lookup
-                x = stream.start(windows.tokens) if again else held
-                result = walk.score(Activations(list(x.batches), x.calls), 0 if again else stream.layers)
-            record(unit, label, records[linear.name]["error"], result)
+            task.measure_layer(layer, index)
+    for unit in [unit for unit in units if unit.layer is None]:
+        task.measure_outside(unit)
     return log.all()
+
+
+class _Task:
+    """Measures units in computing order; the activations are those of the float model.
+
+    own: the recipe's plan. plans: with one grid for all units, by label. todo: units and labels to measure. ends: those
+    of which the divergence is measured, not just the error at the outputs.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        own: Plan,
+        plans: Mapping[str, Plan],
+        todo: Sequence[tuple[Unit, str]],
+        ends: Collection[tuple[str, str]],
+        windows: Windows,
+        text: data.CalibrationTokens | None,
+        walk: _Walk,
+        log: _Log,
+        progress: Progress,
+    ) -> None:
+        self._stream, self._plans, self._todo, self._ends = stream, plans, todo, ends
+        self._plan = replace(own, needs=most_of(p.needs for p in plans.values()))
+        self._windows, self._text, self._walk, self._log, self._progress = windows, text, walk, log, progress
+        self._importance = run.importance(own, stream)
+        self._held = stream.start(windows.tokens)
+        self._sample = None if text is None else stream.start(text.tokens)
+        self._done = 0
+
+    def measure_layer(self, layer: nn.Module, index: int) -> None:
+        """Measure a layer's units, and let the activations go on to the next."""
+        stats: dict[str, Stats] = {}
+        if self._sample is not None:
+            if self._plan.recipe.folds and any(unit.layer == index for unit, _ in self._todo):
+                layers.transform_layer(self._plan, self._stream, layer, index, self._sample, {})
+            stats = _collect(self._stream, layer, index, self._sample, self._plan)
+        for label, plan in self._plans.items():
+            here = [unit for unit, wanted in self._todo if unit.layer == index and wanted == label]
+            whole = [n for u in here if (u.name, label) in self._ends for n in u.linears]
+            parts = [n for u in here if (u.name, label) not in self._ends for n in u.linears]
+            weights, errors = _quantized(plan, layer, index, whole, stats, self._importance)
+            errors |= _quantized(plan, layer, index, parts, stats, self._importance, ROWS)[1]
+            for unit in here:
+                result = None
+                if (unit.name, label) in self._ends:
+                    modules = {layer.get_submodule(_local(plan, n)): weights[n] for n in unit.linears}
+                    with _replaced(modules):
+                        x = Activations(list(self._held.batches), self._held.calls)
+                        self._stream.run(layer, index, x)
+                    result = self._walk.score(x, index + 1)
+                self._record(unit, label, sum(errors[n] for n in unit.linears) / len(unit.linears), result)
+        self._stream.run(layer, index, self._held)
+
+    def measure_outside(self, unit: Unit) -> None:
+        """Measure the embedding or the output matrix, after all layers."""
+        labels = [label for of, label in self._todo if of == unit]
+        if not labels:
+            return
+        stream, linear = self._stream, self._plan.quantized[unit.linears[0]]
+        stats = self._outside_stats(linear)
+        weight = stream.embedding_weight() if linear.lookup else stream.head_weight()
+        for label in labels:
+            linear = self._plans[label].quantized[unit.linears[0]]
+            if (unit.name, label) not in self._ends:
+                linear, some = _some_rows(linear, weight, ROWS)
+                told = sites.quantize_together([linear], [some], stats)[1]
+                self._record(unit, label, told[linear.name]["error"], None)
+                continue
+            quantized, told, _ = sites.quantize_together([linear], [weight], stats)
+            with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
+                x = stream.start(self._windows.tokens) if linear.lookup else self._held
+                first = 0 if linear.lookup else stream.layers
+                result = self._walk.score(Activations(list(x.batches), x.calls), first)
+            self._record(unit, label, told[linear.name]["error"], result)
+
+    def _outside_stats(self, linear: Linear) -> Stats:
+        if self._sample is None or self._text is None:
+            return _importance(self._importance, linear) or Stats.none(linear.cols, self._stream.device)
+        if linear.lookup:
+            return layers.lookup_stats(self._plan, self._stream, linear, self._text.tokens)
+        return layers.head_stats(self._stream, self._text.tokens, self._sample, self._plan)
+
+    def _record(self, unit: Unit, label: str, error: float, result: Result | None) -> None:
+        measured = None if result is None else _measured(self._plans[label], unit, label, result)
+        self._log.add(unit, label, error, measured)
+        self._done += 1
+        self._progress("measuring", self._done, len(self._todo))
 
 
 def _nearest(own: Plan, plans: Mapping[str, Plan], unit: Unit) -> str:
