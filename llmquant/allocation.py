@@ -6,7 +6,7 @@ The model is then quantized by the uniform recipe of that size and by the alloca
 and on text that nothing was chosen by the allocation must not be worse: otherwise the uniform model is the result.
 
 Nothing is measured again around the chosen types: the sums choose well. On the demo model, at the size of Q3_K_M, the
-allocation has 0.60 of the uniform mixture's divergence; when all matrices of a kind were made to count 1.6 times more or
+allocation has 0.60 of the uniform divergence; when all matrices of a kind were made to count 1.6 times more or
 less, the seven other allocations that came out had 0.2 % less to 11 % more.
 
 Three splits of text: calibration; selection, which sensitivities and allocations are measured on; check. No sequence
