@@ -1,0 +1,120 @@
+"""How much of a GGUF file's divergence comes from llama.cpp's own arithmetic, and do channel scales lower it?
+
+    python eval/runtime_floor.py MODEL --calib FILE --text FILE --out results.md [--outliers]
+
+llama.cpp rounds what a k-quant is multiplied with to 8 bits, 256 values to a scale, so
+the same file diverges more when it runs than when it is decoded; the difference is the
+floor. AWQ's scales, folded into what feeds a linear, even out the activations too. Rows:
+GPTQ without scales, with AWQ's (the default preset), and with AWQ's when its search
+counts the rounding of activations in its loss, as it is and a few times over.
+
+Results are compared on --text, which is for selection. results.json beside the tables
+keeps the rows; another model is added to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accuracy import DEFAULT, commit
+from accuracy_report import without_folders
+from outliers import write_outliers
+from splits import check_disjoint
+from torch import Tensor
+
+from llmquant import evaluation, layers, recipe, run
+from llmquant.report import markdown
+from llmquant.transform import SiteView
+
+BLOCK, TOP = 256, 127  # of llama.cpp's Q8_K: values with one scale, the largest code
+SCALES: dict[str, float | None] = {"none": None, "AWQ": 0.0, "AWQ, rounding x 1": 1.0, "AWQ, rounding x 4": 4.0}
+"""What a row is called -> how many times the rounding of activations counts; None: no scales."""
+COLUMNS = ("model", "scales", "decoded", "run by llama.cpp", "floor")
+
+
+class Counting(SiteView):
+    """A site whose losses count what rounding its activations costs at the outputs, too."""
+
+    times = 0.0
+
+    def rounding_loss(self, costs: Sequence[Tensor | None], factors: Tensor | None = None) -> float:
+        counted = 0.0 if factors is not None else self.times * self._activations()  # then the scaled site counts it
+        return super().rounding_loss(costs, factors) + counted
+
+    def error(self) -> float:
+        return super().error() + self.times * self._activations()
+
+    def _activations(self) -> float:
+        """Return the mean squared error of the outputs, summed: codes of a block are off by step² / 12 on average."""
+        blocks = self.sample.view(len(self.sample), -1, BLOCK)
+        squares = (blocks.abs().amax(2) / TOP).square().mean(0) / 12
+        rounded = [w for w, rounding in zip(self.weights, self.roundings, strict=True) if rounding is not None]
+        return sum(float((w.view(len(w), -1, BLOCK).square().sum((0, 2)) * squares).sum()) for w in rounded)
+
+
+@contextmanager
+def counting(times: float) -> Iterator[None]:
+    """While active, transforms search on sites whose losses count the rounding of activations so many times."""
+    before = layers.SiteView
+    Counting.times, layers.SiteView = times, Counting
+    try:
+        yield
+    finally:
+        layers.SiteView = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
+    parser.add_argument("--text", type=Path, required=True, help="selection text to measure on")
+    parser.add_argument("--name", help="what the table calls the model (default: its folder's name)")
+    parser.add_argument("--outliers", action="store_true", help="measure the copy with outlier channels")
+    parser.add_argument("--mixture", default="q5_k_m")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    check_disjoint({"--calib": args.calib, "--text": args.text})
+    torch.set_num_threads(args.threads)
+    name = (args.name or args.model.absolute().name) + (", outliers" if args.outliers else "")
+    text = f"calibration={{path: {args.calib}, sequences: {args.sequences}, length: {args.length}}}"
+    path = args.out.with_suffix(".json")
+    rows = json.loads(path.read_text("utf-8")) if path.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model
+        if args.outliers:
+            model = Path(folder) / "model"
+            write_outliers(args.model, model)
+        windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
+        reference = evaluation.Reference(model)
+        for scales, times in SCALES.items():
+            changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2], *(["transforms=[]"] * (times is None))]
+            out = Path(folder) / scales
+            with counting(times or 0.0):
+                run.quantize(model, recipe.load("gptq-q4_k_m", changes), out)
+            (file,) = out.glob("*.gguf")
+            klds = [
+                evaluation.evaluate(file, windows, reference, runtime=how).kld_mean for how in ("torch", "llama.cpp")
+            ]
+            rows.append([name, scales, *klds])
+            print(*rows[-1], flush=True)
+    cells = [[model, scales, *(f"{x:.6f}" for x in (a, b, b - a))] for model, scales, a, b in rows]
+    command = without_folders(" ".join(map(str, ("eval/runtime_floor.py", args.model, args.calib, args.text))))
+    lines = [f"# The floor of llama.cpp's arithmetic, {args.mixture.upper()}", ""]
+    lines += [f"Commit {commit()}; mean KL divergence, nats a token, {windows.label}; last of `{command}`.", ""]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join([*lines, markdown(COLUMNS, cells), ""]))
+    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
