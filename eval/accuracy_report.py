@@ -22,6 +22,8 @@ from llmquant.report import markdown
 
 BASELINE = "llama-quantize imatrix"
 OURS = "llmquant "
+KINDS = ("float", "mixture", "pure", "affine")
+VARIANTS = ("rounding", "gptq", "default", "best", "auto")
 HOW = {"decoded": "decoded", "as_run": "run by llama.cpp"}
 COLUMNS = ("format", "program", "bytes", "perplexity", "KLD", "median", "99 %", "top-1")
 AGAINST = ("KLD / theirs", "perplexity - theirs")
@@ -35,7 +37,7 @@ class Results:
         self.folder = folder
         self.about = json.loads((folder / "accuracy.json").read_text("utf-8"))
         self.model = str(self.about["model"])
-        self.rows: list[Row] = [row for row in self.about["rows"] if row["error"] is None]
+        self.rows: list[Row] = sorted((row for row in self.about["rows"] if row["error"] is None), key=place)
         self.failed: list[Row] = [row for row in self.about["rows"] if row["error"] is not None]
 
     def formats(self) -> list[tuple[str, str]]:
@@ -71,6 +73,13 @@ class Results:
         a, b = (self.each(row, how, "nll").mean(axis=1) for row in (mine, other))
         ppl_a, ppl_b = math.exp(a.mean()), math.exp(b.mean())
         return ppl_a - ppl_b, standard_error(ppl_a * (a - a.mean()) - ppl_b * (b - b.mean()))
+
+
+def place(row: Row) -> tuple[int, str, bool, int, str]:
+    """Return what rows are sorted by: format by format, ours behind the others, our variants by what they do."""
+    variant = str(row["program"]).removeprefix(OURS).partition("+")[0]
+    rank = VARIANTS.index(variant) if is_ours(row) else 0
+    return KINDS.index(row["kind"]), row["format"], is_ours(row), rank, row["program"]
 
 
 def is_ours(row: Row) -> bool:
@@ -111,7 +120,8 @@ def means(studies: Sequence[Results]) -> list[str]:
     columns += ["against default", "models"]
     rows = []
     keys = dict.fromkeys(
-        (row["kind"], row["format"], row["program"]) for results in studies for row in results.rows if is_ours(row)
+        (row["kind"], row["format"], row["program"])
+        for row in sorted((row for results in studies for row in results.rows if is_ours(row)), key=place)
     )
     for kind, format_, program in keys:
         line = [label(kind, format_), program]
@@ -230,8 +240,8 @@ def draw(studies: Sequence[Results], path: Path) -> None:
 
 
 TITLES = {"mixture": "GGUF mixtures", "pure": "GGUF, one type", "affine": "integer groups, linears only"}
-THEIRS = ("tab:gray", "black", "tab:brown", "tab:olive", "tab:pink", "tab:cyan", "tab:purple", "darkkhaki")
-MINE = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+THEIRS = ("tab:gray", "black", "tab:brown", "tab:olive", "tab:pink", "tab:cyan", "tab:purple", "darkkhaki", "lightgray")
+MINE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "gold")
 
 
 def plot(axes: Axes, rows: Sequence[Row], programs: Sequence[str]) -> None:
