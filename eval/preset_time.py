@@ -75,7 +75,7 @@ def main() -> None:
         rows.append([f"{args.sequences} x {length}", f"{plain:.1f}", f"{default:.1f}", told])
         print(*rows[-1], flush=True)
     columns = ("tokens", "plain GPTQ, s", "default, s", "ratio, median (range)")
-    lines = [f"# The default preset's time beside plain GPTQ: {args.model.resolve().name}, {args.recipe}", ""]
+    lines = [f"# The default preset's time beside plain GPTQ: {args.model.absolute().name}, {args.recipe}", ""]
     lines += [f"Commit {commit()}; {args.threads} thread(s), {args.repeats} runs of each in turns.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join([*lines, markdown(columns, rows), ""]))
