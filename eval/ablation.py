@@ -80,7 +80,7 @@ OPTIONS = {
     "rotations": ["rotations=[residual, heads]"],
     "learned_rounding": ["learned_rounding={}"],
 }
-DEFAULT = ("actorder", "scale_search", "sweeps 1", "two_sided", "mismatch_correction", "awq")
+DEFAULT = ("scale_search", "sweeps 1", "two_sided", "mismatch_correction", "awq")
 ORDERS = {  # scale_search and sweeps as they are by default
     "none": ["algorithm={name: gptq}"],
     "static_groups": ["algorithm={name: gptq, static_groups: true}"],
@@ -103,7 +103,7 @@ def option_rows(options: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]
     for name in DEFAULT:
         yield f"default - {name}", gptq([other for other in DEFAULT if other != name])
     for name in options:
-        if name not in DEFAULT and name != "static_groups":  # which act-order implies
+        if name not in DEFAULT:
             yield f"default + {name}", gptq((*DEFAULT, name))
 
 

@@ -20,7 +20,7 @@ the same command goes on with the rows that are missing, ``--again`` measures ro
 ``--combine`` makes tables, a plot and one JSON file of several such folders.
 
 A variant of llmquant is a name in VARIANTS, with changes to its recipe behind it if
-need be: ``--ours default "default+algorithm.actorder=false"``.
+need be: ``--ours default "default+algorithm.actorder=true"``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TYPES = {"q2_k": "q2_k", "q3_k": "q3_k_s", "q4_k": "q4_k_s", "q5_k": "q5_k_s", "
 AFFINE = {"w4g128": (4, 128, True), "w3g128": (3, 128, False), "w2g64": (2, 64, False)}
 """A format -> bits, columns of a group, symmetric."""
 DEFAULT = [
-    *("--set", "algorithm={name: gptq, actorder: true, two_sided: true}"),
+    *("--set", "algorithm={name: gptq, two_sided: true}"),
     *("--set", "transforms=[{name: awq, clip: false}]"),
     *("--set", "mismatch_correction=true"),
 ]
