@@ -309,7 +309,8 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=["options", "grids"], choices=("options", "grids"))
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
-    parser.add_argument("--skip", nargs="*", default=[], choices=OPTIONS, help="options that are left out")
+    others = [name for name in OPTIONS if name not in DEFAULT]
+    parser.add_argument("--skip", nargs="*", default=[], choices=others, help="options that are left out")
     parser.add_argument("--option", action="append", default=[], help="NAME+KEY=VALUE[+KEY=VALUE...], one more option")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from accuracy import DEFAULT, commit
+from accuracy import DEFAULT, SOURCE, commit, execute
 
 from llmquant import data
 from llmquant.packed import open_model
@@ -33,13 +30,10 @@ PRESETS = {"plain GPTQ": ["--set", "algorithm={name: gptq, actorder: true}"], "d
 
 def seconds(model: Path, recipe: str, calibration: dict[str, object], options: list[str], threads: int) -> float:
     """Return the wall time of quantizing once."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "llmquant", "quantize", str(model), recipe, *options]
         command += ["--set", f"calibration={json.dumps(calibration)}", "--no-eval", "--out", f"{folder}/out"]
-        started = time.monotonic()
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        return time.monotonic() - started
+        return execute(command, threads, SOURCE)[0]
 
 
 def usual_length(model: Path, calib: Path, sequences: int) -> int:
@@ -51,8 +45,9 @@ def usual_length(model: Path, calib: Path, sequences: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=lambda given: Path(given).resolve(), required=True, help="text to calibrate on")
+    path = lambda given: Path(given).absolute()  # noqa: E731  (quantized by a program that runs elsewhere)
+    parser.add_argument("model", type=path)
+    parser.add_argument("--calib", type=path, required=True, help="text to calibrate on")
     parser.add_argument("--recipe", default="gptq-w4g128", help="whose format is quantized to")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--lengths", type=int, nargs="*", help="of the sequences (default: the recipes' own)")
@@ -75,7 +70,7 @@ def main() -> None:
         rows.append([f"{args.sequences} x {length}", f"{plain:.1f}", f"{default:.1f}", told])
         print(*rows[-1], flush=True)
     columns = ("tokens", "plain GPTQ, s", "default, s", "ratio, median (range)")
-    lines = [f"# The default preset's time beside plain GPTQ: {args.model.absolute().name}, {args.recipe}", ""]
+    lines = [f"# The default preset's time beside plain GPTQ: {args.model.name}, {args.recipe}", ""]
     lines += [f"Commit {commit()}; {args.threads} thread(s), {args.repeats} runs of each in turns.", ""]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join([*lines, markdown(columns, rows), ""]))

@@ -9,7 +9,7 @@ GPTQ without scales, with AWQ's (the default preset), and with AWQ's when its se
 counts the rounding of activations in its loss, as it is and a few times over.
 
 Results are compared on --text, which is for selection. results.json beside the tables
-keeps the rows; another model is added to them.
+keeps the rows; another model's are added, the same model's replaced.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def main() -> None:
     name = (args.name or args.model.absolute().name) + (", outliers" if args.outliers else "")
     text = f"calibration={{path: {args.calib}, sequences: {args.sequences}, length: {args.length}}}"
     path = args.out.with_suffix(".json")
-    rows = json.loads(path.read_text("utf-8")) if path.exists() else []
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    rows = [row for row in known if row[0] != name]
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if args.outliers:
@@ -97,7 +98,9 @@ def main() -> None:
         windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
         reference = evaluation.Reference(model)
         for scales, times in SCALES.items():
-            changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2], *(["transforms=[]"] * (times is None))]
+            changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2]]
+            if times is None:
+                changes.append("transforms=[]")
             out = Path(folder) / scales
             with counting(times or 0.0):
                 run.quantize(model, recipe.load("gptq-q4_k_m", changes), out)

@@ -31,7 +31,7 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
     """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
 
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
-    for the first tokens.
+    for as many of the first tokens as that needs.
     """
     along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
     aimed = stream.start(tokens).first(_enough(plan.linears)) if along else None

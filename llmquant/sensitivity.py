@@ -331,7 +331,8 @@ class _Task:
             for unit in here:
                 result = None
                 if (unit.name, label) in self._ends:
-                    modules = {layer.get_submodule(_local(plan, n)): weights[n] for n in unit.linears}
+                    linears = [self._plan.quantized[n] for n in unit.linears]
+                    modules = {layer.get_submodule(sites.local_name(plan, x)): weights[x.name] for x in linears}
                     with _replaced(modules):
                         x = Activations(list(self._held.batches), self._held.calls)
                         self._stream.run(layer, index, x)
@@ -568,10 +569,6 @@ def _place(unit: Unit, stream: Stream) -> int:
     return stream.layers if unit.layer is None else unit.layer
 
 
-def _local(plan: Plan, linear: str) -> str:
-    return linear.removeprefix(f"{plan.spec.layers}.").partition(".")[2]
-
-
 def _collect(stream: Stream, layer: nn.Module, index: int, sample: Activations, plan: Plan) -> dict[str, Stats]:
     """Return the statistics of every site, and leave the float layer's outputs in ``sample``."""
     sums: dict[str, Accumulator] = {}
@@ -604,7 +601,7 @@ def _quantized(
     scores = calibrate.score_linears(plan.spec)
     for site in plan.spec.sites:
         linears = [x for x in plan.of_layer(index, site) if x.name in names]
-        weights = [calibrate.weight_of(layer.get_submodule(_local(plan, x.name))) for x in linears]
+        weights = [calibrate.weight_of(layer.get_submodule(sites.local_name(plan, x))) for x in linears]
         together = [(linears, weights, stats.get(site.name))]
         if importance:  # of each linear's own
             together = [([x], [w], _importance(importance, x)) for x, w in zip(linears, weights, strict=True)]
@@ -613,7 +610,7 @@ def _quantized(
                 some = [_some_rows(x, w, rows) for x, w in zip(these, theirs, strict=True)]
                 these, theirs = [x for x, _ in some], [w for _, w in some]
                 known = known or Stats.none(these[0].cols, theirs[0].device)
-                uncut = [x.name for x in these if _local(plan, x.name) in scores]
+                uncut = [x.name for x in these if sites.local_name(plan, x) in scores]
                 done, records, _ = sites.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
                 found |= {name: dequantize(q) for name, q in done.items()}
                 errors |= {name: record["error"] for name, record in records.items()}

@@ -91,8 +91,7 @@ class Layer:
         computed once for all: every batch waits at a site until it is quantized. Otherwise one pass for each site sees
         the same activations. The float layer keeps step.
         """
-        waits = self.plan.waiting_bytes < memory.available_bytes(self.stream.device) / 2
-        if self.plan.recipe.true_sequential and waits:
+        if self.plan.recipe.true_sequential and self._all_fit():
             self._quantize_in_one_pass(go_on)
             return self.done
         self._quantize_in_passes()
@@ -103,12 +102,19 @@ class Layer:
                 self.stream.run(self.module, self.index, self.activations)
         return self.done
 
+    def _all_fit(self) -> bool:
+        """Whether there is memory for every batch to wait at a site."""
+        return self.plan.waiting_bytes < memory.available_bytes(self.stream.device) / 2
+
     def _quantize_in_one_pass(self, go_on: bool) -> None:
         with self._chains() as begun:
             running = [begun(batch) for batch in range(len(self.activations.batches))]
-            for site in self.sites:
+            for _ in self.sites:
+                site, seen = self._next(running[0])
+                assert site is not None
                 sums = self._accumulator(site)
-                for of_batch in running:
+                sums.add(*seen)
+                for of_batch in running[1:]:
                     sums.add(*self._next(of_batch)[1])
                 self._quantize_site(site, sums.result())
             if not go_on:

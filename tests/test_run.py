@@ -8,7 +8,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, demo, evaluation, gradients, memory, recipe, run, stream
+from llmquant import api, demo, evaluation, gradients, layers, memory, recipe, run, stream
 from llmquant import plan as planning
 from llmquant.errors import CheckpointError, LlmquantError, OutputError, RecipeError
 from llmquant.packed import open_model
@@ -294,7 +294,9 @@ def test_true_sequential_lets_later_sites_see_earlier_rounding(llama, calibrated
 def test_a_layer_computed_once_gives_the_same_bytes_as_one_pass_for_each_site(
     llama, calibrated, tmp_path, monkeypatch, changes
 ):
-    monkeypatch.setattr(stream, "BATCH_TOKENS", 512)  # the float model computes two of four batches
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 512)
+    monkeypatch.setattr(layers, "ENOUGH", 1024)  # the float model computes two of four batches
+    monkeypatch.setattr(layers, "ENOUGH_BY_COLUMN", 1)
     chosen = recipe.load("gptq-w4g128", [*calibrated, *changes])
     run.quantize(llama, chosen, tmp_path / "once")
     passes = []
