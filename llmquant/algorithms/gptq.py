@@ -40,7 +40,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Float64, Int, Int64, UInt8
 from torch import Tensor
 
 from llmquant import kernels
@@ -145,17 +145,21 @@ class _Columns:
     @cached_property
     def factor(self) -> tuple[Float[Tensor, "cols cols"], float]:
         """U of the columns in that order, and the damping."""
-        factor, damping = _inverse_factor(self.given[self.order][:, self.order], self.damping)
-        return factor.to(self.dtype), damping
-
-    @cached_property
-    def damped(self) -> Float64[Tensor, "cols cols"]:
-        return _damped(self.given, self.factor[1])
+        lower, damping = _factor(self.given, self.order, self.damping)
+        return _upper(lower, self.dtype), damping
 
     @cached_property
     def hessian(self) -> Float[Tensor, "cols cols"]:
-        """The same, in the dtype of the weights."""
-        return self.damped.to(self.dtype)
+        """The damped Hessian, in the dtype of the weights."""
+        damped = self.given.to(self.dtype, copy=True)
+        damped.diagonal().copy_(_damped_diagonal(self.given, self.factor[1]))
+        return damped
+
+    def upper(self, columns: Int64[Tensor, " some"]) -> Float[Tensor, "some some"]:
+        """Return U of these columns alone, in this order."""
+        lower, info = _lower(self.given, _damped_diagonal(self.given, self.factor[1]), columns)
+        assert info == 0  # of all columns it could be factorised
+        return _upper(lower, self.dtype)
 
     @cached_property
     def by_spans(self) -> tuple[Int64[Tensor, " spans"], Int64[Tensor, "spans span"], Float[Tensor, "cols cols"]]:
@@ -163,8 +167,7 @@ class _Columns:
         of_span = self.importance.view(-1, self.grid.span)
         first = of_span.mean(1).argsort(descending=True, stable=True)
         inside = of_span.argsort(dim=1, descending=True, stable=True)
-        order = (first[:, None] * self.grid.span + inside[first]).flatten()
-        return first, inside, _upper(self.damped[order][:, order]).to(self.dtype)
+        return first, inside, self.upper((first[:, None] * self.grid.span + inside[first]).flatten())
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Int64[Tensor, " width"], Float[Tensor, "width width"]]]:
@@ -174,7 +177,7 @@ class _Columns:
         for start in range(0, len(self.given), width):
             block = slice(start, min(start + width, len(self.given)))
             order = self.importance[block].argsort(descending=True, stable=True)
-            found.append((block, order, _upper(self.damped[block, block][order][:, order]).to(self.dtype)))
+            found.append((block, order, self.upper(start + order)))
         return found
 
 
@@ -190,8 +193,7 @@ def _two_sided(
     first = 0
     for fisher in outputs:
         order = fisher.diagonal().argsort(descending=True, stable=True)
-        factor = _upper(_damped(fisher[order][:, order], DAMPING)).to(w.dtype)
-        parts.append((first + order, factor))
+        parts.append((first + order, _upper(_factor(fisher, order, DAMPING)[0], w.dtype)))
         first += len(fisher)
     done, visited = [], []
     for step in range(BLOCKS):
@@ -272,8 +274,9 @@ def column_costs(stats: Stats, config: Config) -> Float[Tensor, " cols"]:
     assert stats.hessian is not None
     importance = stats.hessian.diagonal()
     order = importance.argsort(descending=True, stable=True) if config.actorder else torch.arange(len(importance))
-    factor, _ = _inverse_factor(stats.hessian[order][:, order], _damping(stats, config))
-    return factor.diagonal().pow(-2).float()[_inverse(order.to(importance.device))]
+    order = order.to(importance.device)
+    lower, _ = _factor(stats.hessian, order, _damping(stats, config))
+    return lower.diagonal().flip(0).square().float()[_inverse(order)]  # U's diagonal is that of its inverse, inverted
 
 
 def round_columns(
@@ -461,14 +464,19 @@ def _damping(stats: Stats, config: Config) -> float:
     return min(max(DAMPING, len(stats.square_mean) / max(4 * stats.tokens, 1)), 1.0)
 
 
-def _inverse_factor(hessian: Float[Tensor, "cols cols"], damp: float) -> tuple[Float[Tensor, "cols cols"], float]:
-    """Return upper U with UᵀU = inverse(hessian + d * mean diagonal), float64, and the damping d that was used."""
+def _factor(
+    hessian: Float[Tensor, "cols cols"], order: Int64[Tensor, " cols"], damp: float
+) -> tuple[Float64[Tensor, "cols cols"], float]:
+    """Return L of ``_lower`` for hessian + d * mean diagonal, and the damping d: the first from ``damp`` on that does.
+
+    Raises CalibrationError when none does.
+    """
     if not torch.isfinite(hessian.diagonal().double().mean()):
         raise CalibrationError("its activations are not finite on the calibration text")
     while True:
-        lower, info = torch.linalg.cholesky_ex(_damped(hessian, damp).flip(0, 1))
+        lower, info = _lower(hessian, _damped_diagonal(hessian, damp), order)
         if info == 0:
-            return _upper_of(lower), damp
+            return lower, damp
         if damp >= 1:
             raise CalibrationError(
                 f"its Hessian of {len(hessian)} columns is not positive definite at any damping up to {damp:g}. "
@@ -477,27 +485,33 @@ def _inverse_factor(hessian: Float[Tensor, "cols cols"], damp: float) -> tuple[F
         damp = min(max(damp * LADDER, 1e-6), 1.0)
 
 
-def _damped(hessian: Float[Tensor, "cols cols"], damp: float) -> Float[Tensor, "cols cols"]:
-    """Return hessian + damp * mean diagonal, float64; a column without activations stands alone."""
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
+def _damped_diagonal(hessian: Float[Tensor, "cols cols"], damp: float) -> Float64[Tensor, " cols"]:
+    """Return the diagonal plus damp times its mean; a column without activations stands alone."""
+    diagonal = hessian.diagonal().double()
     mean = diagonal.mean()
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    diagonal += damp * mean
-    return damped
+    return torch.where(diagonal == 0, mean if mean > 0 else 1.0, diagonal) + damp * mean
 
 
-def _upper(hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """Return upper U with UᵀU = inverse(hessian), float64, of a matrix that is known to be positive definite."""
-    return _upper_of(torch.linalg.cholesky(hessian.flip(0, 1)))
+def _lower(
+    hessian: Float[Tensor, "cols cols"], diagonal: Float64[Tensor, " cols"], columns: Int64[Tensor, " some"]
+) -> tuple[Float64[Tensor, "some some"], Int[Tensor, ""]]:
+    """Return L with L Lᵀ = these columns of a symmetric matrix, with another diagonal, the last one first.
 
-
-def _upper_of(lower: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """Return U from the factor L of the Hessian with its columns reversed.
-
-    With the columns reversed, hessian = L Lᵀ; reversed back, hessian = R Rᵀ with R
-    upper triangular, so U = R⁻¹.
+    And 0, or something else if the matrix is not positive definite. Computed in place, as it may be large.
     """
-    one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
-    return upper.flip(0, 1)
+    backwards = columns.flip(0)
+    part = hessian[backwards][:, backwards].double()
+    part.diagonal().copy_(diagonal[backwards])
+    info = torch.empty((), dtype=torch.int32, device=part.device)
+    torch.linalg.cholesky_ex(part.mT, out=(part.mT, info))
+    return part.mT, info
+
+
+def _upper(lower: Float64[Tensor, "cols cols"], dtype: torch.dtype) -> Float[Tensor, "cols cols"]:
+    """Return upper U with UᵀU = inverse(H) from L Lᵀ = H with its columns reversed.
+
+    Reversed back, H = R Rᵀ with R upper triangular, so U = R⁻¹.
+    """
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.to(dtype).flip(0, 1)
