@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from llmquant import demo, memory, plan, recipe, run
+from llmquant import demo, footprint, memory, recipe, run
 from llmquant.report import markdown
 
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -67,7 +67,7 @@ def main() -> None:
         command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--one", "--cases", case]
         told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         base, predicted, peak = json.loads(told.splitlines()[-1])
-        error = (predicted - plan.RUNTIME_BYTES) / (peak - base) - 1
+        error = (predicted - footprint.RUNTIME) / (peak - base) - 1
         rows.append([case, *(f"{n / 1e6:.0f}" for n in (base, peak, predicted)), f"{error:+.0%}"])
         print(*rows[-1], sep="\t", flush=True)
     count, threads = sum(i.numel for i in run.load_float(model).infos.values()), torch.get_num_threads()
@@ -78,7 +78,7 @@ def main() -> None:
         f"Commit {commit.stdout.strip()}; a bfloat16 Llama of {count / 1e6:.0f} million random weights, {args.layers} "
         f"layers of {args.hidden} columns; {args.tokens[0]} sequences of {args.tokens[1]} tokens; {threads} threads, "
         "CPU. MB. Base: of a process that has quantized the demo model; a plan takes it to be "
-        f"{plan.RUNTIME_BYTES / 1e6:.0f}. Error: of what comes on top.",
+        f"{footprint.RUNTIME / 1e6:.0f}. Error: of what comes on top.",
         "",
         markdown(("recipe", "base", "peak", "predicted peak", "error"), rows),
         "",

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from llmquant import allocation, data, evaluation, plugins, run
 from llmquant import budget as budgets
 from llmquant import export as exporting
@@ -34,9 +36,16 @@ Text = str | Path | data.TextSource
 
 
 def plan(
-    model: str | Path, recipe: str | Path | Recipe, *, changes: Iterable[str] = (), trust_remote_code: bool = False
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    changes: Iterable[str] = (),
+    memory: str | int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Return what a run would do to every tensor, and what it would cost. Reads no weights.
+
+    memory: as for ``quantize``.
 
     Of a recipe with a budget: what the uniform recipe would do that its result is compared with.
 
@@ -46,7 +55,7 @@ def plan(
     chosen = _recipe(recipe, changes)
     if chosen.budget is not None:
         chosen, _ = allocation.within(model, chosen, trust_remote_code)
-    return run.make_plan(model, chosen, trust_remote_code)
+    return run.make_plan(model, chosen, trust_remote_code, _bytes(memory))
 
 
 def quantize(
@@ -62,6 +71,7 @@ def quantize(
     evaluate: bool = True,
     noise: bool = False,
     restart: bool = False,
+    memory: str | int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -72,6 +82,8 @@ def quantize(
         With ``budget`` ("4.5bpw", "3.2GB", "q4_k_m") a type is chosen for every tensor (``llmquant.allocation``).
     work: a folder to keep the finished layers in; by default it is beside ``out`` and removed at the end.
     text: what to measure on; by default sequences of the calibration text that were not calibrated on.
+    memory: what quantizing may take at most, such as "8GB"; by default what is free. With less, layers are computed
+        more often, and activations wait in files; where it cannot be done at all, PlanError is raised at once.
     noise: measure too how the error grows from layer to layer (``Report.residual_errors``), on the same text. Needs
         ``evaluate``; both models are computed once more, with the activations of both in memory.
 
@@ -80,10 +92,13 @@ def quantize(
     chosen = _recipe(recipe, changes)
     if chosen.budget is not None and work is not None:
         raise RecipeError("budget: keeps no work folder. Quantize by the recipe.yaml that it writes, with --work.")
+    if memory is not None and chosen.budget is not None:
+        raise RecipeError("memory: a budget measures the whole model again and again, which it does not limit")
     if noise and (not evaluate or (text is None and chosen.calibration is None)):
         raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
     windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
-    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress)
+    limit = _bytes(memory)
+    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, limit)
     windows = windows or (held_out if evaluate else None)
     rows: list[Row] = []
     if windows is not None:
@@ -297,11 +312,22 @@ def _run(
     restart: bool,
     trust_remote_code: bool,
     progress: Progress,
+    memory_limit: int | None = None,
 ) -> tuple[Report, Windows | None]:
     """Quantize by a recipe, with a budget or without; return the report, and held-out text if there is."""
     if recipe.budget is not None:
         return allocation.quantize(model, recipe, out, device, restart, trust_remote_code, progress)
-    return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress)
+    return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress, memory_limit)
+
+
+def _bytes(size: str | int | None) -> int | None:
+    """Return a size such as "8GB" or "3GiB" in bytes."""
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise RecipeError(f"memory: {size!r} is not a size such as 8GB or 3GiB") from None
 
 
 def _measure(

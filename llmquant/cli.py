@@ -35,6 +35,10 @@ Formats = Annotated[list[str], typer.Option("--format", help="Container to write
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wikitext2.")]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="gptq, llama.cpp, sliding or word.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="What quantizing may take at most, e.g. 8GB (default: what is free). Less is slower."),
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)]
 Facts = Annotated[Path | None, typer.Option("--json", help="Write the same facts to a JSON file.")]
 Pure = Annotated[bool, typer.Option("--pure", help="The mixture's base type for every matrix of a GGUF file.")]
@@ -90,6 +94,7 @@ def plan(
         Path | None, typer.Option(help="With --budget: what `llmquant sensitivity` has written.")
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="With --budget: the new recipe, a .yaml file.")] = None,
+    memory: Memory = None,
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
@@ -103,7 +108,7 @@ def plan(
     if budget is None and (sensitivity or file):
         raise RecipeError("--sensitivity, --out: only with --budget, e.g. --budget 4.5bpw")
     if budget is None:
-        planned = api.plan(model, recipe, changes=changes, trust_remote_code=trust)
+        planned = api.plan(model, recipe, changes=changes, memory=memory, trust_remote_code=trust)
     elif sensitivity is None or file is None:
         raise RecipeError("--budget: needs --sensitivity FILE (of `llmquant sensitivity`) and --out RECIPE.yaml")
     else:
@@ -155,6 +160,7 @@ def quantize(
         str | None, typer.Option("--split-max-size", help="Write numbered files of at most this size, e.g. 5GB.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in a used work folder.")] = False,
+    memory: Memory = None,
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
@@ -183,6 +189,7 @@ def quantize(
             evaluate=not no_eval,
             noise=noise,
             restart=restart,
+            memory=memory,
             trust_remote_code=trust,
             progress=tell,
         )
@@ -526,9 +533,9 @@ def _show_plan(planned: Plan) -> None:
     out.print(f"{planned.bits_per_weight:.4f} bits per quantized weight; {planned.weights:,} weights in all")
     for name, count in planned.files.items():
         out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
-    out.print(
-        f"peak memory about {size(planned.peak_bytes)}; disk {size(planned.work_bytes + sum(planned.files.values()))}"
-    )
+    where = {"waiting": "", "memory": ", each layer once for each site", "files": ", activations in files"}
+    disk = planned.work_bytes + sum(planned.files.values())
+    out.print(f"peak memory about {size(planned.peak_bytes)}{where[planned.placement]}; disk {size(disk)}")
 
 
 def _plan_facts(planned: Plan) -> dict[str, Any]:
@@ -544,6 +551,8 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "bits_per_weight": planned.bits_per_weight,
         "bytes": dict(planned.files),
         "peak_bytes": planned.peak_bytes,
+        "peaks": dict(planned.peaks),
+        "placement": planned.placement,
         "work_bytes": planned.work_bytes,
     }
 

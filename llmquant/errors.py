@@ -37,5 +37,9 @@ class UnsupportedModel(LlmquantError):  # noqa: N818
     """No model family has a table for this architecture."""
 
 
+class PlanError(LlmquantError):
+    """A run needs more memory than there is."""
+
+
 class NumericsError(LlmquantError):
     """Numbers that should be finite are not."""

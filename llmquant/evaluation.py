@@ -183,7 +183,7 @@ def residual_errors(
             with stream.layer(index) as layer:
                 stream.run(layer, index, activations)
         noise = signal = 0.0
-        for x, expected in zip(*(activations.batches for activations in both), strict=True):
+        for x, expected in zip(*both, strict=True):
             noise += float((x.double() - expected.double()).square().sum())
             signal += float(expected.double().square().sum())
         found.append((noise / signal) ** 0.5)

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llmquant import calibrate, memory
+from llmquant import calibrate
 from llmquant.stats import Stats
-from llmquant.stream import BATCH_TOKENS, Stream
+from llmquant.stream import Stream
 
 ROWS = 512  # whose outputs are seen together
 TOKENS = 8192  # that gradients are taken of
@@ -51,117 +52,85 @@ class LayerInformation:
     layer: Float[Tensor, "hidden hidden"]
 
 
-@dataclass(frozen=True)
-class Information:
-    """Fisher information of what the embedding gives, as an algorithm's statistics, and of the layers' outputs."""
-
-    embedding: Stats
-    layers: list[LayerInformation]
-
-
 def measure(
     stream: Stream,
     tokens: Int[Tensor, "sequences time"],
     also_head: bool,
     linears: Sequence[str] = (),
+    keep: Callable[[int, LayerInformation], None] = lambda index, of_layer: None,
+    folder: Path | None = None,
     seed: int = 0,
-) -> Information:
-    """Return how much the model minds errors of the embedding, and of some linears of every layer.
+) -> Stats:
+    """Return how much the model minds errors of what the embedding gives, as an algorithm's statistics.
 
     also_head: the embedding is the output matrix too. What that use costs is added: E[(1 - sum(p²)) h hᵀ] of the
         activations h that it reads and the probabilities p that it gives, as an error z of a logit with the
         probability p costs p (1 - p) z² / 2.
-    tokens: the first ``TOKENS`` of them are used. The float model computes them forth and back, as many batches at a
-        time as there is memory for what every layer reads; that does not change the sums.
+    tokens: the first ``TOKENS`` of them are used.
+    linears: of every layer, whose outputs are to be known. keep: told what is known of a layer, the last one first.
+    folder: a new one, for what every layer reads; None: that waits in memory.
     """
     tokens = tokens[: max(TOKENS // tokens.shape[1], 1)]
     generator = torch.Generator(stream.device).manual_seed(seed)
-    total = torch.zeros(stream.hidden_size, stream.hidden_size, device=stream.device)
-    outputs: list[dict[str, list[Tensor]]] = [{} for _ in range(stream.layers)]
-    layers = [torch.zeros_like(total) for _ in outputs]
-    layer_bytes = tokens.shape[1] * stream.hidden_size * stream.dtype.itemsize
-    batch = max(BATCH_TOKENS // tokens.shape[1], 1)
-    batches = memory.available_bytes(stream.device) // (4 * stream.layers * layer_bytes * batch)
-
-    def see(index: int, name: str | None, gradient: Float[Tensor, "tokens rows"]) -> None:
-        if name is None:
-            layers[index].addmm_(gradient.T, gradient)
-            return
-        parts = torch.split(gradient, ROWS, dim=1)
-        if name not in outputs[index]:
-            outputs[index][name] = [gradient.new_zeros(part.shape[1], part.shape[1]) for part in parts]
-        for of_part, part in zip(outputs[index][name], parts, strict=True):
-            of_part.addmm_(part.T, part)
-
-    for part in torch.split(tokens, batch * max(batches, 1)):
-        for of_embedding, of_head in _gradients(stream, part, generator, linears, see):
-            total.addmm_(of_embedding.T, of_embedding)
-            if also_head:
-                total.addmm_(of_head.T, of_head)
-    fisher = _shrunk(total / tokens.numel())
-    square_mean = fisher.diagonal().clone()
-    return Information(
-        Stats(fisher, square_mean, square_mean.sqrt(), tokens.numel()),
-        [
-            LayerInformation(
-                {name: tuple(_shrunk(part / tokens.numel()) for part in parts) for name, parts in of_linears.items()},
-                _shrunk(of_layer / tokens.numel()),
-            )
-            for of_linears, of_layer in zip(outputs, layers, strict=True)
-        ],
-    )
-
-
-def _shrunk(fisher: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
-    return fisher
-
-
-def _gradients(
-    stream: Stream,
-    tokens: Int[Tensor, "sequences time"],
-    generator: torch.Generator,
-    linears: Sequence[str],
-    see: Callable[[int, str | None, Tensor], None],
-) -> Iterator[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]]:
-    """Yield for each batch its gradients at the embedding, and what the output matrix reads, weighted.
-
-    see: told the gradients [tokens, rows] at the outputs of each layer's ``linears``, and (name None) at the layer's
-        own, times each token's size.
-    """
     scale = SCALE if torch.finfo(stream.dtype).max > 1e38 else 1.0
-    activations = stream.start(tokens)
-    read = []  # by every layer, batch by batch
-    for index in range(stream.layers):
-        read.append(list(activations.batches))
+    places = [None if folder is None else folder / str(index) for index in range(stream.layers + 1)]
+    read = [stream.start(tokens, places[0])]  # by every layer; at last, the output of all
+    for index, place in enumerate(places[1:]):
         with stream.layer(index) as layer:
-            stream.run(layer, index, activations)
-    batches = torch.split(tokens.to(stream.device), len(activations.batches[0]))
-    gradients, heads = [], []
-    for of_batch, x in zip(batches, activations.batches, strict=True):
+            read.append(stream.passed(layer, index, read[-1], place))
+    given = read.pop()
+    batches = torch.split(tokens.to(stream.device), len(given[0]))
+    total = torch.zeros(stream.hidden_size, stream.hidden_size, device=stream.device)
+    gradients = []
+    for of_batch, x in zip(batches, given, strict=True):
         ends = [
             _at_the_end(stream, t, y, generator)
             for t, y in zip(torch.split(of_batch, 1), torch.split(x, 1), strict=True)
         ]
         gradients.append(torch.cat([gradient for gradient, _ in ends]) * scale)
-        heads.append(torch.cat([head for _, head in ends]))
-    given = activations.batches  # by the layer
+        if also_head:
+            head = torch.cat([head for _, head in ends])
+            total.addmm_(head.T, head)
     for index in reversed(range(stream.layers)):
+        own = torch.zeros_like(total)
+        sums: dict[str, list[Tensor]] = {}
         for y, gradient in zip(given, gradients, strict=True):
             sizes = y.float().square().mean(-1, keepdim=True).sqrt()
-            see(index, None, (gradient.float() / scale * sizes).flatten(0, 1))
+            relative = (gradient.float() / scale * sizes).flatten(0, 1)
+            own.addmm_(relative.T, relative)
         given = read.pop()
         with stream.layer(index) as layer:
             for i, x in enumerate(given):
-                forward = partial(calibrate.run_layer, layer, call=activations.call(x, index))
+                forward = partial(calibrate.run_layer, layer, call=given.call(x, index))
                 with _kept(layer, linears) as outputs:
                     gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
                 for name, gradient in zip(outputs, others, strict=True):
-                    see(index, name, gradient.flatten(0, -2).float() / scale)
-    for of_batch, gradient, head in zip(batches, gradients, heads, strict=True):
+                    _add(sums, name, gradient.flatten(0, -2).float() / scale)
+        count = tokens.numel()
+        known = {name: tuple(_shrunk(part / count) for part in parts) for name, parts in sums.items()}
+        keep(index, LayerInformation(known, _shrunk(own / count)))
+    for of_batch, gradient in zip(batches, gradients, strict=True):
         x = stream.model.get_submodule(stream.spec.embed)(of_batch)
         (embedded,) = _pulled_back(partial(_first_input, stream, of_batch), x, gradient, {})
-        yield embedded.flatten(0, 1).float() / scale, head
+        flat = embedded.flatten(0, 1).float() / scale
+        total.addmm_(flat.T, flat)
+    fisher = _shrunk(total / tokens.numel())
+    square_mean = fisher.diagonal().clone()
+    return Stats(fisher, square_mean, square_mean.sqrt(), tokens.numel())
+
+
+def _add(sums: dict[str, list[Tensor]], name: str, gradient: Float[Tensor, "tokens rows"]) -> None:
+    """Add the gradients at a linear's outputs to its sums, of ``ROWS`` rows after the other."""
+    parts = torch.split(gradient, ROWS, dim=1)
+    if name not in sums:
+        sums[name] = [gradient.new_zeros(part.shape[1], part.shape[1]) for part in parts]
+    for of_part, part in zip(sums[name], parts, strict=True):
+        of_part.addmm_(part.T, part)
+
+
+def _shrunk(fisher: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
+    return fisher
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,63 +34,87 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
     for as many of the first tokens as that needs.
     """
-    along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
-    aimed = stream.start(tokens).first(_enough(plan.linears)) if along else None
-    outside = [x for x in plan.of_layer(None) if x.grid]
-    information = _keep_information(plan, stream, log, tokens)
-    for linear in (x for x in outside if x.lookup):
-        if not log.has(linear.part):
-            stats = lookup_stats(plan, stream, linear, tokens, information)
-            _save_outside(log, linear, stream.embedding_weight(), stats)
-        stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
-    heads = [x for x in outside if not x.lookup and not log.has(x.part)]
-    activations = stream.start(tokens)
-    for index in range(plan.layers):
-        progress("quantizing layers", index, plan.layers)
-        last = index == plan.layers - 1 and not heads
-        if log.has(index) and last:
-            continue
-        with stream.layer(index) as layer:
-            if log.has(index):
-                if aimed is not None:
-                    stream.run(layer, index, aimed)
-                rounding: dict[str, Inputs] = {}
-                for linear in plan.of_layer(index):
-                    if linear.grid is not None:
-                        put(layer, plan, linear, log.load(linear), rounding)
-                _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
-                with calibrate.rounded(layer, plan.spec.sites, rounding):
-                    stream.run(layer, index, activations)
-                continue
-            goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
-            told: dict[str, Any] = {}
-            floats: dict[str, Tensor] = {}
-            known = log.information(index, stream.device) if plan.needs == "fisher" else None
-            outputs = dict(known.linears) if known else {}
-            if plan.recipe.folds:
-                floats, told, scales = transform_layer(plan, stream, layer, index, activations, outputs)
-                if goal is not None:
-                    goal.scales = scales
-            with_goal = goal if plan.recipe.mismatch_correction else None
-            learns = plan.recipe.learned_rounding is not None
-            rounded = Layer(plan, stream, layer, index, activations, with_goal, outputs)
-            done = rounded.quantize(go_on=not last and not learns)
-            if learns:
-                assert goal is not None
-                assert known is not None
-                stream.run(goal.layer, index, goal.activations)
-                _learn(plan, stream, layer, index, activations, goal, known, done)
-                stream.run(layer, index, activations)
-            records = {name: record | told.get(name, {}) for name, record in done.records.items()}
-            log.save(index, done.linears, records, floats | done.biases)
-            log.drop_information(index)
-    for linear in heads:
-        aim = aimed if plan.recipe.mismatch_correction else None
-        _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim))
+    with log.scratch() as folder:
+        places = {name: folder / name if plan.placement == "files" else None for name in ("float", "quantized", "all")}
+        along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
+        aimed = stream.start(tokens, places["float"], enough(plan.linears)) if along else None
+        outside = [x for x in plan.of_layer(None) if x.grid]
+        information = _keep_information(plan, stream, log, tokens, places["all"])
+        for linear in (x for x in outside if x.lookup):
+            if not log.has(linear.part):
+                stats = lookup_stats(plan, stream, linear, tokens, information, places["all"])
+                _save_outside(log, linear, stream.embedding_weight(), stats)
+            stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
+        heads = [x for x in outside if not x.lookup and not log.has(x.part)]
+        activations = stream.start(tokens, places["quantized"])
+        if plan.recipe.learned_rounding is None:  # which asks the model for batches of other sizes
+            stream.drop()
+        for index in range(plan.layers):
+            progress("quantizing layers", index, plan.layers)
+            last = index == plan.layers - 1 and not heads
+            if not log.has(index):
+                _quantize_layer(plan, stream, log, index, activations, aimed, go_on=not last)
+            elif not last:
+                _pass_finished(plan, stream, log, index, activations, aimed)
+        if heads:
+            stream.load()
+        for linear in heads:
+            aim = aimed if plan.recipe.mismatch_correction else None
+            _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim))
     progress("quantizing layers", plan.layers, plan.layers)
 
 
-def _enough(linears: Sequence[Linear]) -> int:
+def _pass_finished(
+    plan: Plan, stream: Stream, log: work.Work, index: int, activations: Activations, aimed: Activations | None
+) -> None:
+    """Send the activations through a layer that an earlier run has quantized, those of the float model as it was."""
+    with stream.layer(index) as layer:
+        if aimed is not None:
+            stream.run(layer, index, aimed)
+        rounding: dict[str, Inputs] = {}
+        for linear in plan.of_layer(index):
+            if linear.grid is not None:
+                put(layer, plan, linear, log.load(linear), rounding)
+        _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
+        with calibrate.rounded(layer, plan.spec.sites, rounding):
+            stream.run(layer, index, activations)
+
+
+def _quantize_layer(
+    plan: Plan,
+    stream: Stream,
+    log: work.Work,
+    index: int,
+    activations: Activations,
+    aimed: Activations | None,
+    go_on: bool,
+) -> None:
+    """Quantize a layer and keep it. ``go_on``: leave its outputs in the activations."""
+    with stream.layer(index) as layer:
+        goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
+        told: dict[str, Any] = {}
+        floats: dict[str, Tensor] = {}
+        known = log.information(index, stream.device) if plan.needs == "fisher" else None
+        outputs = dict(known.linears) if known else {}
+        if plan.recipe.folds:
+            floats, told, scales = transform_layer(plan, stream, layer, index, activations, outputs)
+            if goal is not None:
+                goal.scales = scales
+        with_goal = goal if plan.recipe.mismatch_correction else None
+        learns = plan.recipe.learned_rounding is not None
+        done = Layer(plan, stream, layer, index, activations, with_goal, outputs).quantize(go_on and not learns)
+        if learns:
+            assert goal is not None
+            assert known is not None
+            stream.run(goal.layer, index, goal.activations)
+            _learn(plan, stream, layer, index, activations, goal, known, done)
+            stream.run(layer, index, activations)
+        records = {name: record | told.get(name, {}) for name, record in done.records.items()}
+        log.save(index, done.linears, records, floats | done.biases)
+        log.drop_information(index)
+
+
+def enough(linears: Sequence[Linear]) -> int:
     """Return on how many tokens transforms and mismatches are found: fewer than rounding needs."""
     return max([ENOUGH, *(ENOUGH_BY_COLUMN * x.cols for x in linears)])
 
@@ -116,8 +141,8 @@ def _learn(
         layer,
         {local: done.linears[x.name] for local, x in linears.items()},
         {local: done.targets[x.name] for local, x in linears.items()},
-        torch.cat(activations.batches[: len(goal.activations.batches)]),
-        torch.cat(goal.activations.batches),
+        torch.cat([activations[i] for i in range(len(goal.activations))]),
+        torch.cat(list(goal.activations)),
         stream.caller(activations, index),
         known.layer,
         plan.recipe.learned_rounding,
@@ -129,26 +154,38 @@ def _learn(
 
 
 def lookup_stats(
-    plan: Plan, stream: Stream, linear: Linear, tokens: Tensor, known: gradients.Information | None = None
+    plan: Plan,
+    stream: Stream,
+    linear: Linear,
+    tokens: Tensor,
+    known: Stats | None = None,
+    folder: Path | None = None,
 ) -> Stats:
-    """Return the statistics with which the embedding is rounded; none where its algorithm needs no Hessian."""
+    """Return the statistics with which the embedding is rounded; none where its algorithm needs no Hessian.
+
+    known: what ``gradients.measure`` gave, if it was asked already. folder: as it wants it.
+    """
     if linear.choice is None or planning.needs_of(linear.choice) not in ("hessian", "fisher"):
         return Stats.none(linear.cols, stream.device)
-    known = known or gradients.measure(stream, tokens, also_head=stream.tied and not plan.untie)
-    return known.embedding
+    also_head = stream.tied and not plan.untie
+    return gradients.measure(stream, tokens, also_head, folder=folder) if known is None else known
 
 
-def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor) -> gradients.Information | None:
-    """Keep the Fisher information of all layers' outputs in the work folder; None where that is not to be done now."""
+def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, folder: Path | None) -> Stats | None:
+    """Keep the Fisher information of all layers' outputs in the work folder, and return that of the embedding's.
+
+    None where that is not to be done now.
+    """
     if plan.needs != "fisher" or all(log.has(i) or log.has_information(i) for i in range(plan.layers)):
         return None
     two_sided = any(x.choice and x.grid and planning.needs_of(x.choice) == "fisher" for x in plan.linears)
     linears = [name for site in plan.spec.sites for name in site.linears] if two_sided else []
-    found = gradients.measure(stream, tokens, stream.tied and not plan.untie, linears)
-    for index, of_layer in enumerate(found.layers):
+
+    def keep(index: int, of_layer: gradients.LayerInformation) -> None:
         if not log.has(index):
             log.save_information(index, of_layer)
-    return found
+
+    return gradients.measure(stream, tokens, stream.tied and not plan.untie, linears, keep, folder)
 
 
 def transform_layer(
@@ -171,7 +208,7 @@ def transform_layer(
         s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
     ]
     sums = {site.name: accumulator(plan, stream, plan.of_layer(index, site), drift=False) for site in sites}
-    some = activations.first(_enough(plan.of_layer(index)))
+    some = activations.first(enough(plan.of_layer(index)))
     samples = {site.name: Sample(some.tokens) for site in sites}
 
     def see(site: Site, x: Tensor) -> None:
@@ -263,9 +300,9 @@ def head_stats(
     """
     sums = accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup], aimed is not None)
     at = 0
-    for i, x in enumerate(activations.batches):
+    for i, x in enumerate(activations):
         of_batch = tokens[at : at + len(x)]
-        both = [x] if aimed is None else [x, *aimed.batches[i : i + 1]]
+        both = [x] if aimed is None or i >= len(aimed) else [x, aimed[i]]
         sums.add(*(stream.before_head(of_batch, y).flatten(0, 1) for y in both))
         at += len(x)
     return sums.result()

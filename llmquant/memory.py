@@ -33,8 +33,8 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device, in bytes."""
+def room_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory this process can have: what it has, and what is free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)

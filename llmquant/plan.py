@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llmquant import plugins
 from llmquant.activations import ActivationScheme, Inputs
-from llmquant.checkpoint import SHARD_BYTES, TensorInfo
+from llmquant.checkpoint import TensorInfo
 from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.models.spec import ModelSpec, Site
@@ -20,12 +19,10 @@ from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs, most_of
 
 PIECE = 1 << 20  # weights that are quantized together where nothing else limits them
-RUNTIME_BYTES = 500_000_000  # Python, torch, transformers and compiled kernels before any model
-# Measured (eval/memory.py), in bytes for each weight of the matrices that are quantized together:
-ROUNDING = 14  # fitting, codes and errors; search by an observer may take up to twice that
-PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
-FEEDBACK, FACTORS = 18, 56  # GPTQ; and for each element of the Hessian, of which it keeps seven copies in float64
-PACKING = 3
+Placement = Literal["waiting", "memory", "files"]
+"""Where activations are, the fastest place first; that does not change the result. "waiting": in memory, and at each
+site those of every batch wait until it is quantized, so that a layer is computed once. "memory": a layer is computed
+once for each site. "files": the same, and between layers they are in files of the work folder."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ class Plan:
     sizes: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of all tensors
     unfoldable: tuple[str, ...] = ()  # sites that transforms leave as they are
     files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
-    peak_bytes: int = 0
-    waiting_bytes: int = 0  # activations that wait at a site, at most, when a layer is computed once for all sites
+    placement: Placement = "waiting"
+    peaks: Mapping[str, int] = field(default_factory=dict)  # phase of the run -> bytes of memory that it needs at most
 
     @property
     def quantized(self) -> dict[str, Linear]:
@@ -126,6 +123,11 @@ class Plan:
         return bits / max(sum(x.weights for x in self.quantized.values()), 1)
 
     @property
+    def peak_bytes(self) -> int:
+        """Memory that the run needs at most."""
+        return max(self.peaks.values())
+
+    @property
     def work_bytes(self) -> int:
         """Size of the work folder: a byte a code, and what the grids store."""
         bits = sum(
@@ -150,21 +152,16 @@ def make(
     spec: ModelSpec,
     config: Any,
     tied: bool,
-    hidden: int,
     infos: Mapping[str, TensorInfo],
-    context: int,
     matrices: Sequence[str],
     foldable: Collection[str] = (),
-    memory: int = sys.maxsize,
 ) -> Plan:
     """Return the plan, or raise for the first thing that cannot work (ShapeError, FormatError, RecipeError).
 
     config: the model's transformers configuration.
     tied: whether the model uses its embedding as the output matrix too.
-    hidden: width of the residual stream. context: most tokens of a sequence.
     matrices: the names of all linear modules outside the decoder layers, for formats that list what stays float.
     foldable: the sites whose scales another module of a layer can absorb, for transforms.
-    memory: bytes that are free; a run does with less what it can.
     """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe.formats}
     layers = _count_layers(spec, infos)
@@ -211,15 +208,7 @@ def make(
     unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.folds else ()
     stored = {name: type_ for name, (type_, _) in types.items()}
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
-    text = recipe.calibration
-    tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
-    widest = max(_site_cols(plan, site) for site in spec.sites)
-    plan = replace(
-        plan,
-        sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
-        waiting_bytes=4 * tokens * (1 + recipe.mismatch_correction) * (5 * hidden + widest),
-    )
-    return replace(plan, peak_bytes=_peak_bytes(plan, hidden, tokens, memory, exporters))
+    return replace(plan, sizes={name: _size(plan, exporter) for name, exporter in exporters.items()})
 
 
 def _count_layers(spec: ModelSpec, infos: Mapping[str, TensorInfo]) -> int:
@@ -387,39 +376,3 @@ def _size(plan: Plan, exporter: ModuleType) -> int:
 def packed_bytes(linear: Linear, exporter: ModuleType) -> int:
     """Return the size of a quantized linear's tensors in a container."""
     return sum(t.nbytes for t in exporter.pack(placeholder(linear)).values())
-
-
-def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Mapping[str, ModuleType]) -> int:
-    """Estimate the peak memory of a run in float32 on the CPU: the larger of quantizing and writing."""
-    largest = max(x.weights for x in plan.linears)
-    layers = [sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers)]
-    limit = SHARD_BYTES if plan.recipe.shard_bytes is None else plan.recipe.shard_bytes or sys.maxsize
-    # a GGUF file is written piece by piece, others by the shard
-    shard = max((min(limit, plan.sizes[n]) for n, e in exporters.items() if not hasattr(e, "write")), default=0)
-    if plan.needs == "nothing":
-        if len(exporters) > 1:
-            held = ROUNDING * largest + int(plan.work_bytes * max(layers) / sum(layers))
-            return RUNTIME_BYTES + max(held, shard + PACKING * largest)
-        if shard:
-            return RUNTIME_BYTES + ROUNDING * largest + shard
-        return RUNTIME_BYTES + torch.get_num_threads() * PIECES * min(largest, PIECE)
-    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
-    outside += 4 * sum(x.weights for x in plan.of_layer(None))
-    together = plan.recipe.true_sequential and not plan.recipe.folds
-    waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
-    hessian = plan.needs in ("hessian", "fisher")
-    chains = 2 if plan.recipe.mismatch_correction else 1  # the float model's layer and activations go along
-    sites: list[int] = []
-    for site in plan.spec.sites:
-        cols, weights = _site_cols(plan, site), sum(x.weights for x in plan.of_layer(0, site))
-        working = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
-        sites.append(working + chains * (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
-    matrices = 5 if plan.recipe.mismatch_correction else 1  # a Hessian; a cross term and a Hessian of either half
-    squares = [4 * matrices * _site_cols(plan, site) ** 2 for site in plan.spec.sites] if hessian else [0]
-    quantizing = chains * 4 * (max(layers) + tokens * hidden) + max(sites)
-    quantizing += max(squares) if together else sum(squares)
-    return RUNTIME_BYTES + outside + max(quantizing, shard + PACKING * largest)
-
-
-def _site_cols(plan: Plan, site: Site) -> int:
-    return plan.of_layer(0, site)[0].cols

@@ -18,7 +18,22 @@ import torch
 from torch import Tensor
 
 import llmquant
-from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, sites, threads, work
+from llmquant import (
+    calibrate,
+    data,
+    export,
+    footprint,
+    gradients,
+    layers,
+    memory,
+    noise,
+    plugins,
+    recipe,
+    rotation,
+    sites,
+    threads,
+    work,
+)
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
 from llmquant.errors import CheckpointError, LlmquantError, RecipeError
@@ -29,7 +44,7 @@ from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
-from llmquant.stream import Stream
+from llmquant.stream import BATCH_TOKENS, Stream
 
 
 @dataclass
@@ -95,40 +110,54 @@ def open_stream(
     recipe_: recipe.Recipe,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
+    memory_limit: int | None = None,
 ) -> Stream:
     """Return the stream of a float model, with a recipe's rotations; its weights are not loaded yet."""
     device = device or torch.device("cpu")
-    stream = Stream(load_float(model), device, trust_remote_code, weights=False)
+    stream = Stream(load_float(model), device, trust_remote_code, weights=False, memory_limit=memory_limit)
     if recipe_.rotations:
         rotated = rotation.Rotated(stream, recipe_.rotations, untie=recipe_.tied_embeddings == "untie")
-        stream = Stream(rotated, device, trust_remote_code, weights=False)
+        stream = Stream(rotated, device, trust_remote_code, weights=False, memory_limit=memory_limit)
     if recipe_.folds or recipe_.rotations:
         stream.dtype = torch.float32  # a changed weight in 16 bits would be rounded twice
     return stream
 
 
-def make_plan(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Plan:
-    """Return what a run would do, with the sizes of its files; reads no weights."""
-    stream = open_stream(model, recipe_, trust_remote_code=trust_remote_code)
-    return with_files(plan_for(stream, recipe_), stream)
+def make_plan(
+    model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False, memory_limit: int | None = None
+) -> Plan:
+    """Return what a run would do, with the sizes of its files; reads no weights.
+
+    Raises PlanError when it would need more memory than a limit allows.
+    """
+    stream = open_stream(model, recipe_, None, trust_remote_code, memory_limit)
+    plan = with_files(plan_for(stream, recipe_), stream)
+    if memory_limit is not None:
+        footprint.check_fits(plan, memory_limit)
+    return plan
 
 
 def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
     """Return what a run would do to the model of a stream, which is built only if that depends on its modules."""
-    exporters = [plugins.load("exporters", name, "formats") for name in recipe_.formats]
-    told = any(hasattr(exporter, "quantization_config") for exporter in exporters)
-    return planning.make(
+    exporters = {name: plugins.load("exporters", name, "formats") for name in recipe_.formats}
+    told = any(hasattr(exporter, "quantization_config") for exporter in exporters.values())
+    plan = planning.make(
         recipe_,
         stream.spec,
         stream.config,
         stream.tied,
-        stream.hidden_size,
         stream.checkpoint.infos,
-        stream.context,
         stream.other_linears if told else (),
         stream.foldable if recipe_.folds else (),
-        memory.available_bytes(stream.device),
     )
+    text = footprint.Text()
+    if recipe_.calibration is not None:
+        length = recipe_.calibration.length or min(stream.context, 2048)
+        tokens = recipe_.calibration.sequences * length
+        batch = max(BATCH_TOKENS // length, 1) * length
+        parts = (batch, layers.enough(plan.linears), gradients.TOKENS)
+        text = footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
+    return footprint.placed(plan, stream.hidden_size, stream.vocabulary, text, exporters, stream.room_bytes)
 
 
 def with_files(plan: Plan, stream: Stream) -> Plan:
@@ -148,12 +177,15 @@ def quantize(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    memory_limit: int | None = None,
 ) -> tuple[Report, Windows | None]:
     """Quantize a model and write it in every format of the recipe; return the report, and held-out text if there is.
 
     out: the new folder; with several formats, one folder in it for each.
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
         if not given). The same call after a crash goes on from there.
+    memory_limit: bytes that the process should take at most; by default all that are free. Where activations are
+        depends on it, and PlanError is raised if the run needs more.
     """
     if recipe_.budget is not None:
         raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
@@ -161,9 +193,10 @@ def quantize(
     memory.reset_peak()
     out = Path(out)
     check_output(out)
-    stream = open_stream(model, recipe_, device_of(device), trust_remote_code)
+    stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit)
     checkpoint = stream.checkpoint
     plan = plan_for(stream, recipe_)
+    footprint.check_fits(plan, stream.room_bytes)
     text = None
     if plan.needs != "nothing":
         assert recipe_.calibration is not None
@@ -236,8 +269,9 @@ def square_means(
             with calibrate.watch(layer, stream.spec.sites, see):
                 stream.run(layer, index, activations)
         for site in stream.spec.sites:
+            stats = sums[site.name].result()
             for local in site.linears:
-                found[f"{stream.spec.layers}.{index}.{local}.weight"] = sums[site.name].result()
+                found[f"{stream.spec.layers}.{index}.{local}.weight"] = stats
     progress("measuring layers", stream.layers, stream.layers)
     return found
 

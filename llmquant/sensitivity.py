@@ -334,8 +334,7 @@ class _Task:
                     linears = [self._plan.quantized[n] for n in unit.linears]
                     modules = {layer.get_submodule(sites.local_name(plan, x)): weights[x.name] for x in linears}
                     with _replaced(modules):
-                        x = Activations(list(self._held.batches), self._held.calls)
-                        self._stream.run(layer, index, x)
+                        x = self._stream.passed(layer, index, self._held)
                     result = self._walk.score(x, index + 1)
                 self._record(unit, label, sum(errors[n] for n in unit.linears) / len(unit.linears), result)
         self._stream.run(layer, index, self._held)
@@ -359,7 +358,7 @@ class _Task:
             with _replaced({stream.model.get_submodule(linear.name): dequantize(quantized[linear.name])}):
                 x = stream.start(self._windows.tokens) if linear.lookup else self._held
                 first = 0 if linear.lookup else stream.layers
-                result = self._walk.score(Activations(list(x.batches), x.calls), first)
+                result = self._walk.score(x.copy(), first)
             self._record(unit, label, told[linear.name]["error"], result)
 
     def _outside_stats(self, linear: Linear) -> Stats:
@@ -440,10 +439,10 @@ class _Walk:
         started = time.monotonic()
         self._reference = list(self._predictions(x))
         self._head_seconds = time.monotonic() - started
-        self._activations = sum(batch.nbytes for batch in x.batches)
+        self._activations = sum(batch.nbytes for batch in x)
 
     def _predictions(self, x: Activations) -> Iterator[Float[Tensor, "scored vocab"]]:
-        rows = (row[None] for batch in x.batches for row in batch)
+        rows = (row[None] for batch in x for row in batch)
         for i, row in enumerate(rows):
             counted = self._windows.scored[i].to(row.device)
             yield self._stream.finish(self._windows.tokens[i : i + 1], row)[0, :-1][counted]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant import activations as activation_ranges
-from llmquant import calibrate, memory, mismatch, noise, plugins
+from llmquant import calibrate, mismatch, noise, plugins
 from llmquant.activations import Inputs
 from llmquant.errors import CalibrationError, LlmquantError
 from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
@@ -87,11 +87,11 @@ class Layer:
         go_on: leave the outputs of the quantized layer in ``activations``, those of the float layer in the goal's.
 
         A site's statistics are those of its inputs as the quantized layers before it make them, with
-        ``true_sequential`` also the quantized sites before it in the layer. Then, if memory allows, the layer is
-        computed once for all: every batch waits at a site until it is quantized. Otherwise one pass for each site sees
-        the same activations. The float layer keeps step.
+        ``true_sequential`` also the quantized sites before it in the layer. Then, if the plan says so, the
+        layer is computed once for all: every batch waits at a site until it is quantized. Otherwise one pass for each
+        site sees the same activations. The float layer keeps step.
         """
-        if self.plan.recipe.true_sequential and self._all_fit():
+        if self.plan.recipe.true_sequential and self.plan.placement == "waiting":
             self._quantize_in_one_pass(go_on)
             return self.done
         self._quantize_in_passes()
@@ -102,13 +102,9 @@ class Layer:
                 self.stream.run(self.module, self.index, self.activations)
         return self.done
 
-    def _all_fit(self) -> bool:
-        """Whether there is memory for every batch to wait at a site."""
-        return self.plan.waiting_bytes < memory.available_bytes(self.stream.device) / 2
-
     def _quantize_in_one_pass(self, go_on: bool) -> None:
         with self._chains() as begun:
-            running = [begun(batch) for batch in range(len(self.activations.batches))]
+            running = [begun(batch) for batch in range(len(self.activations))]
             for _ in self.sites:
                 site, seen = self._next(running[0])
                 assert site is not None
@@ -116,22 +112,25 @@ class Layer:
                 sums.add(*seen)
                 for of_batch in running[1:]:
                     sums.add(*self._next(of_batch)[1])
-                self._quantize_site(site, sums.result())
+                stats = sums.result()
+                del sums
+                self._quantize_site(site, stats)
             if not go_on:
                 for chain in itertools.chain(*running):
                     chain.close()
                 return
             ends = [self._next(of_batch)[1] for of_batch in running]
-        self.activations.batches = [of_batch[0] for of_batch in ends]
-        if self.goal is not None:
-            self.goal.activations.batches = [of_batch[1] for of_batch in ends if len(of_batch) > 1]
+        for batch, outputs in enumerate(ends):
+            self.activations[batch] = outputs[0]
+            if self.goal is not None and len(outputs) > 1:
+                self.goal.activations[batch] = outputs[1]
 
     def _quantize_in_passes(self) -> None:
         sites = self.sites
         with self._chains() as begun:
             for together in [[s] for s in sites] if self.plan.recipe.true_sequential or not sites else [sites]:
                 wanted = {site.name: self._accumulator(site) for site in together}
-                for batch in range(len(self.activations.batches)):
+                for batch in range(len(self.activations)):
                     chains = begun(batch)
                     for _ in sites[: sites.index(together[-1]) + 1]:
                         site, seen = self._next(chains)
@@ -140,7 +139,7 @@ class Layer:
                     for chain in chains:
                         chain.close()
                 for site in together:
-                    self._quantize_site(site, wanted[site.name].result())
+                    self._quantize_site(site, wanted.pop(site.name).result())
 
     @contextmanager
     def _chains(self) -> Iterator[Callable[[int], list[calibrate.Steps]]]:
@@ -153,8 +152,8 @@ class Layer:
                 sides.append((begin, self.goal.activations))
 
             def begun(batch: int) -> list[calibrate.Steps]:
-                both = [(begin, read) for begin, read in sides if batch < len(read.batches)]
-                return [begin(x := read.batches[batch], read.call(x, self.index)) for begin, read in both]
+                both = [(begin, read) for begin, read in sides if batch < len(read)]
+                return [begin(x := read[batch], read.call(x, self.index)) for begin, read in both]
 
             yield begun
 

@@ -137,30 +137,37 @@ class Accumulator:
                 self._crosses[part].addmm_((aimed[here].float() - some).T, some)
 
     def result(self) -> Stats:
+        """Return the statistics. The sums become what is returned, as they are large: to be called once, at the end."""
         tokens = max(self._tokens, 1)
         sample = None if self._sample is None else self._sample.result()
         hessian, drift, square_mean = None, None, self._squares / tokens
-        if self._hessians:
-            hessian = _symmetric(sum(self._hessians[1:], self._hessians[0]) / tokens)
-            square_mean = hessian.diagonal()
         if self._crosses:
+            hessian = _symmetric(sum(self._hessians[1:], self._hessians[0]).div_(tokens))
+            del self._hessians[2]
             means = [max(count, 1) for count in self._counts]
             compared = max(sum(self._counts[:2]), 1)
             drift = Drift(
-                (self._crosses[0] / means[0], self._crosses[1] / means[1]),
-                (_symmetric(self._hessians[0] / means[0]), _symmetric(self._hessians[1] / means[1])),
+                (self._crosses[0].div_(means[0]), self._crosses[1].div_(means[1])),
+                (_symmetric(self._hessians[0].div_(means[0])), _symmetric(self._hessians[1].div_(means[1]))),
                 (self._counts[0] / compared, self._counts[1] / compared),
                 self._drifts / compared,
             )
+        elif self._hessians:
+            hessian = _symmetric(self._hessians[0].div_(tokens))
+        del self._hessians, self._crosses
+        square_mean = square_mean if hessian is None else hessian.diagonal()
         mean = self._sums / tokens
         abs_mean = self._magnitudes / tokens
         return Stats(hessian, square_mean, abs_mean, self._tokens, self._largest, sample, drift, mean=mean)
 
 
 def _symmetric(upper: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """Return the symmetric matrix of which only the upper half, diagonal included, is right."""
-    upper = upper.triu()
-    return upper + upper.triu(1).T
+    """Make a matrix symmetric of which only the upper half, diagonal included, is right, and return it."""
+    for start in range(0, len(upper), BLOCK):
+        block = slice(start, start + BLOCK)
+        upper[block, block] = upper[block, block].triu() + upper[block, block].triu(1).T
+        upper[start + BLOCK :, block] = upper[block, start + BLOCK :].T
+    return upper
 
 
 class Sample:

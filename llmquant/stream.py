@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmquant import calibrate
+from llmquant import calibrate, memory
 from llmquant.checkpoint import Checkpoint, check_finite
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, OutputError
 from llmquant.models import spec_for
 from llmquant.models.spec import ModelSpec
 from llmquant.runtime.linear import QuantizedLinear
@@ -43,9 +47,17 @@ class Stream:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, weights: bool = True
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        weights: bool = True,
+        memory_limit: int | None = None,
     ) -> None:
-        """Load the weights outside the layers; with ``weights`` False only when ``load`` is called."""
+        """Load the weights outside the layers; with ``weights`` False only when ``load`` is called.
+
+        memory_limit: bytes that the process may have; None: all that are free.
+        """
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
@@ -55,6 +67,7 @@ class Stream:
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
         self.tied = bool(config.get_text_config().tie_word_embeddings)
         self._trust_remote_code = trust_remote_code
+        self._memory_limit = memory_limit
         if weights:
             self.load()
 
@@ -86,16 +99,33 @@ class Stream:
     def load(self) -> None:
         """Load everything outside the decoder layers."""
         head = self.checkpoint.operator(self.spec.head, self.device)
-        outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{self.spec.layers}.")]
-        for name in outside:
+        for name in self._outside:
             if not ((self.tied or head) and name == f"{self.spec.head}.weight"):
                 self._materialise(self.model, "", name)
         if head is not None:
             _replace(self.model, self.spec.head, head)
-        if self.tied:
-            self.model.get_submodule(self.spec.head).weight = self.model.get_submodule(self.spec.embed).weight
+        self._tie()
         for name, buffer in list(self.model.named_buffers()):  # such as rotary tables
             set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+
+    def drop(self) -> None:
+        """Drop everything outside the decoder layers, until ``load`` is called again."""
+        for name in self._outside:
+            set_module_tensor_to_device(self.model, name, "meta")
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.tied:
+            self.model.get_submodule(self.spec.head).weight = self.model.get_submodule(self.spec.embed).weight
+
+    @property
+    def _outside(self) -> list[str]:
+        return [n for n, _ in self.model.named_parameters() if not n.startswith(f"{self.spec.layers}.")]
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory that the process may have."""
+        return memory.room_bytes(self.device) if self._memory_limit is None else self._memory_limit
 
     @property
     def hidden_size(self) -> int:
@@ -167,14 +197,20 @@ class Stream:
                 set_module_tensor_to_device(layer, name, "meta")
 
     @torch.no_grad()
-    def start(self, tokens: Int[Tensor, "sequences time"]) -> Activations:
-        """Return what the first layer reads for these sequences."""
+    def start(
+        self, tokens: Int[Tensor, "sequences time"], folder: Path | None = None, enough: int = sys.maxsize
+    ) -> Activations:
+        """Return what the first layer reads for these sequences.
+
+        folder: as for ``Activations``. enough: only as many of the first batches as have so many tokens.
+        """
         size = max(BATCH_TOKENS // tokens.shape[1], 1)
-        batches, calls = [], dict[int, list[calibrate.Call]]()
-        for batch in torch.split(tokens, size):
-            x, calls[len(batch)] = calibrate.start(self.model, self.spec, batch.to(self.device))
-            batches.append(x)
-        return Activations(batches, calls)
+        parts = torch.split(tokens, size)[: math.ceil(enough / (size * tokens.shape[1]))]
+        calls: dict[int, list[calibrate.Call]] = {}
+        activations = Activations(calls, [part.numel() for part in parts], folder)
+        for i, part in enumerate(parts):
+            activations[i], calls[len(part)] = calibrate.start(self.model, self.spec, part.to(self.device))
+        return activations
 
     def caller(self, activations: Activations, index: int) -> Callable[[Tensor], calibrate.Call]:
         """Return what gives a layer's other arguments for any number of sequences like these."""
@@ -191,10 +227,18 @@ class Stream:
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, activations: Activations, keep: bool = True) -> None:
         """Send all batches through a layer; ``keep`` puts its outputs in the place of its inputs."""
-        for i, x in enumerate(activations.batches):
+        for i, x in enumerate(activations):
             out = calibrate.run_layer(layer, x, activations.call(x, index))
             if keep:
-                activations.batches[i] = out
+                activations[i] = out
+
+    @torch.no_grad()
+    def passed(self, layer: nn.Module, index: int, activations: Activations, folder: Path | None = None) -> Activations:
+        """Return what a layer gives for all batches; its inputs stay as they are. folder: as for ``Activations``."""
+        found = activations.empty(folder)
+        for i, x in enumerate(activations):
+            found[i] = calibrate.run_layer(layer, x, activations.call(x, index))
+        return found
 
     @torch.no_grad()
     def finish(
@@ -242,7 +286,7 @@ class Stream:
                 self.run(layer, index, activations)
             if progress:
                 progress()
-        return [row[None] for batch in activations.batches for row in batch]
+        return [row[None] for batch in activations for row in batch]
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -258,25 +302,65 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 class Activations:
     """What one layer reads: batches of sequences, and the other arguments the model gives each layer.
 
-    calls: by the number of sequences in a batch, one entry a layer.
+    calls: by the number of sequences in a batch, one entry a layer. counts: the tokens of each batch.
+    folder: where each batch is kept in a file, so that it takes no memory while no one uses it; None: in memory.
     """
 
     def __init__(
-        self, batches: list[Float[Tensor, "_sequences time hidden"]], calls: dict[int, list[calibrate.Call]]
+        self, calls: dict[int, list[calibrate.Call]], counts: Sequence[int], folder: Path | None = None
     ) -> None:
-        self.batches = batches
         self.calls = calls
+        self._counts = counts
+        self._folder = folder
+        self._batches: dict[int, Tensor | Path] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "_sequences time hidden"]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, batch: int) -> Float[Tensor, "_sequences time hidden"]:
+        held = self._batches[batch]
+        if isinstance(held, Tensor):
+            return held
+        with safe_open(held, "pt") as file:
+            value: Tensor = file.get_tensor("x")
+        return value
+
+    def __setitem__(self, batch: int, x: Float[Tensor, "sequences time hidden"]) -> None:
+        """Replace a batch; raise OutputError when its file cannot be written."""
+        if self._folder is None:
+            self._batches[batch] = x
+            return
+        path = self._batches[batch] = self._folder / f"{batch:05}.safetensors"
+        beside = path.with_suffix(".partial")  # whoever still reads the old file can go on
+        try:
+            save_file({"x": x.contiguous()}, beside)
+            beside.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{beside}: cannot be written: {error}. Finished layers are kept.") from None
 
     @property
     def tokens(self) -> int:
-        return sum(len(x) * x.shape[1] for x in self.batches)
+        return sum(self._counts)
+
+    def empty(self, folder: Path | None = None) -> Activations:
+        """Return a place for as many batches of the same sequences."""
+        return Activations(self.calls, self._counts, folder)
+
+    def copy(self) -> Activations:
+        """Return the same batches; one that is replaced in the copy is not replaced here, and is kept in memory."""
+        found = self.empty()
+        found._batches = dict(self._batches)
+        return found
 
     def first(self, tokens: int) -> Activations:
-        """Return the first batches, as many as have so many tokens."""
-        found = Activations([], self.calls)
-        for x in self.batches:
-            if found.tokens < tokens:
-                found.batches.append(x)
+        """Return a copy of as many of the first batches as have so many tokens."""
+        found = self.copy()
+        found._counts = [n for i, n in enumerate(self._counts) if sum(self._counts[:i]) < tokens]
         return found
 
     def call(self, x: Float[Tensor, "sequences time hidden"], index: int) -> calibrate.Call:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
+SCRATCH = "scratch"
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 
 
@@ -52,6 +55,7 @@ class Work:
         else:
             if foreign := sorted(p.name for p in folder.iterdir() if not _ours(p)):
                 raise OutputError(f"{folder}: holds {foreign[0]}, so it is not a work folder. Give another --work")
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             for path in folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
@@ -158,15 +162,23 @@ class Work:
         paths = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
         return {name: record for path in paths for name, record in _records(path).items()}
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a folder for what is too large for the memory and is computed again by a run that goes on."""
+        place = self.folder / SCRATCH
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
     def close(self) -> None:
         self._lock.release()
 
     def remove(self) -> None:
         """Delete the folder and what is in it."""
         self.close()
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
 
 
 class Transformed(Checkpoint):
@@ -211,7 +223,7 @@ def _records(path: Path) -> dict[str, Any]:
 
 
 def _ours(path: Path) -> bool:
-    return path.name in ("lock", NOTE, f"{NOTE}.partial") or path.name.startswith(("layer-", OUTSIDE, FISHER))
+    return path.name in ("lock", NOTE, f"{NOTE}.partial", SCRATCH) or path.name.startswith(("layer-", OUTSIDE, FISHER))
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

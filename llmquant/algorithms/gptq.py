@@ -514,4 +514,5 @@ def _upper(lower: Float64[Tensor, "cols cols"], dtype: torch.dtype) -> Float[Ten
     """
     inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    return inverse.to(dtype).flip(0, 1)
+    inverse = inverse.to(dtype)
+    return inverse.flip(0, 1)

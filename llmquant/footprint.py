@@ -1,0 +1,157 @@
+"""How much memory a run takes at most, foretold from shapes, and where its activations are so that it fits.
+
+A run goes through phases, each with a peak of its own. Bytes of a run in float32 on the CPU; the constants were
+measured (eval/memory.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import get_args
+
+import torch
+
+from llmquant.checkpoint import SHARD_BYTES
+from llmquant.errors import PlanError
+from llmquant.plan import PIECE, Placement, Plan
+
+RUNTIME = 500_000_000  # Python, torch, transformers and compiled kernels before any model
+CALIBRATING = 80_000_000  # more of them
+# For each weight of the matrices that are quantized together:
+ROUNDING = 14  # fitting, codes and errors; search by an observer may take up to twice that
+PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
+FEEDBACK = 36  # GPTQ
+PACKING = 3
+# For each element of the square of a site's columns:
+HESSIAN = 4
+FACTORS = 38  # a Hessian; GPTQ's factors of it, and what they are computed in
+FACTORED = 16  # the same while rows are rounded
+CORRECTION = 20  # what a mismatch needs beside the Hessian
+# For each token and column, of what a layer computes in a batch:
+FORWARD = 4
+BACKWARD = 12
+
+
+@dataclass(frozen=True)
+class Text:
+    """How many tokens: of all sequences, of one, of a batch, of the float model's chain, of those with gradients."""
+
+    tokens: int = 0
+    length: int = 0
+    batch: int = 0
+    aimed: int = 0
+    gradients: int = 0
+
+
+def placed(
+    plan: Plan, hidden: int, vocabulary: int, text: Text, exporters: Mapping[str, ModuleType], room: int
+) -> Plan:
+    """Return the plan with the fastest placement of activations that ``room`` bytes suffice for, and its peaks.
+
+    With the slowest where none does.
+    """
+    for placement in get_args(Placement):
+        peaks = _peaks(plan, hidden, vocabulary, text, exporters, placement)
+        if max(peaks.values()) <= room:
+            break
+    return replace(plan, placement=placement, peaks=peaks)
+
+
+def check_fits(plan: Plan, room: int) -> None:
+    """Raise PlanError when a run would need more memory."""
+    phase, peak = max(plan.peaks.items(), key=lambda item: item[1])
+    if peak <= room:
+        return
+    costly = [key for key in ("mismatch_correction", "transforms", "learned_rounding") if getattr(plan.recipe, key)]
+    remedy = {
+        "start": "The embedding and the output matrix alone take that",
+        "gradients": "Leave out `algorithm.two_sided` and `learned_rounding`",
+        "layers": f"Leave out `{'` or `'.join(costly)}`" if costly else "Take an algorithm that needs no Hessian",
+        "writing": "Set a smaller `max_shard_size`",
+    }[phase]
+    raise PlanError(
+        f"this run needs about {peak / 1e9:.2f} GB of memory (phase: {phase}), and there are {room / 1e9:.2f} GB. "
+        f"{remedy}; or use another machine, or say --memory if you know that there is more."
+    )
+
+
+def _peaks(
+    plan: Plan,
+    hidden: int,
+    vocabulary: int,
+    text: Text,
+    exporters: Mapping[str, ModuleType],
+    placement: Placement,
+) -> dict[str, int]:
+    """Return the peak of every phase."""
+    writing = _writing(plan, exporters)
+    if plan.needs == "nothing":
+        return {"writing": RUNTIME + writing}
+    recipe = plan.recipe
+    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
+    outside += 4 * sum(x.weights for x in plan.of_layer(None))
+    layer = 4 * max(sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers))
+    along = recipe.mismatch_correction or recipe.learned_rounding is not None
+    held = 0 if placement == "files" else 4 * hidden * (text.tokens + along * text.aimed)
+    sites = _sites(plan)
+    cols = [n for n, _ in sites]
+    width = 4 * hidden + 3 * max(cols)  # what a layer computes of a token
+    forward = FORWARD * text.batch * width
+    hessian = plan.needs in ("hessian", "fisher")
+    # all of the layer's Hessians at a time where a fold is searched, or where the sites do not wait for each other
+    all_hessians = HESSIAN * sum(n**2 for n in cols) if hessian else 0
+    together = 0 if recipe.true_sequential else all_hessians
+    waiting = 0
+    if placement == "waiting" and recipe.true_sequential:
+        waiting = 4 * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
+    rounding = [ROUNDING * weights for _, weights in sites]
+    if hessian:
+        rounding = [max(FACTORS * n**2, FACTORED * n**2 + FEEDBACK * weights) for n, weights in sites]
+    if recipe.mismatch_correction:
+        rounding = [CORRECTION * n**2 + working for (n, _), working in zip(sites, rounding, strict=True)]
+    searching = all_hessians if recipe.folds else HESSIAN * max(cols) ** 2 if hessian else 0
+    layers = layer * (2 if along else 1) + held + waiting + max(together + max(rounding), forward + searching)
+    base = RUNTIME + CALIBRATING
+    found = {
+        "start": base + outside + held + forward,
+        "layers": base + layers + outside * (recipe.learned_rounding is not None),
+        "writing": base + writing,
+    }
+    if plan.needs == "fisher":
+        read = 0 if placement == "files" else 4 * hidden * text.gradients * (plan.layers + 1)
+        graph = max(BACKWARD * text.batch * width, 6 * 4 * text.length * vocabulary)
+        found["gradients"] = base + outside + layer + held + read + graph
+    return found
+
+
+def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:
+    """Return what writing the files takes, and quantizing where that is done as they are written."""
+    largest = max(x.weights for x in plan.linears)
+    limit = SHARD_BYTES if plan.recipe.shard_bytes is None else plan.recipe.shard_bytes or sys.maxsize
+    # a GGUF file is written piece by piece, others by the shard
+    shard = max((min(limit, plan.sizes[n]) for n, e in exporters.items() if not hasattr(e, "write")), default=0)
+    if plan.needs != "nothing":
+        return shard + PACKING * largest
+    if len(exporters) > 1:
+        layers = [sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers)]
+        return max(ROUNDING * largest + int(plan.work_bytes * max(layers) / sum(layers)), shard + PACKING * largest)
+    if shard:
+        return ROUNDING * largest + shard
+    return torch.get_num_threads() * PIECES * min(largest, PIECE)
+
+
+def _sites(plan: Plan) -> list[tuple[int, int]]:
+    """Return the columns of every site, and the weights of its linears, of the layer where there are most."""
+    site_of = {local: site.name for site in plan.spec.sites for local in site.linears}
+    weights: Counter[tuple[str, int]] = Counter()
+    cols: dict[str, int] = {}
+    for linear in plan.linears:
+        if linear.layer is not None:
+            site = site_of[linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")]
+            weights[site, linear.layer] += linear.weights
+            cols[site] = linear.cols
+    return [(n, max(count for (name, _), count in weights.items() if name == site)) for site, n in cols.items()]
