@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,8 @@ class Checkpoint:
         older names for some modules (``spec.renamed``).
         """
         for old, new in spec.renamed:
-            self.infos = {new + n.removeprefix(old) if n.startswith(old) else n: i for n, i in self.infos.items()}
+            part = re.compile(rf"(?:^|(?<=\.)){re.escape(old)}")
+            self.infos = {part.sub(new, name): info for name, info in self.infos.items()}
         if any(name.startswith(f"{spec.layers}.0.") for name in self.infos):
             return
         parts = spec.layers.split(".")

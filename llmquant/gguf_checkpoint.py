@@ -14,7 +14,7 @@ from llmquant import gguf_file
 from llmquant.checkpoint import Checkpoint, TensorInfo
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.exporters.gguf import families, vocabulary
-from llmquant.models import spec_for
+from llmquant.models import moe, spec_for
 
 
 class GgufCheckpoint(Checkpoint):
@@ -34,7 +34,7 @@ class GgufCheckpoint(Checkpoint):
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
-        spec = spec_for(self.config)
+        spec = moe.unfused(model, spec_for(self.config))
         self._conv1d = spec.conv1d
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
