@@ -43,7 +43,7 @@ held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
 class LayerInformation:
     """Fisher information of the outputs of a layer's linears, and of its own.
 
-    linears: by name in the layer; of ``ROWS`` rows after the other.
+    linears: by the module's name in the layer; of ``ROWS`` rows after the other.
     layer: every token's error as a share of the token's size.
     """
 
@@ -63,11 +63,12 @@ def measure(
     stream: Stream,
     tokens: Int[Tensor, "sequences time"],
     also_head: bool,
-    linears: Sequence[str] = (),
+    linears: Sequence[Sequence[str]] = (),
     seed: int = 0,
 ) -> Information:
-    """Return how much the model minds errors of the embedding, and of some linears of every layer.
+    """Return how much the model minds errors of the embedding, and of some modules of every layer.
 
+    linears: the modules, a sequence for each layer; linears, or what adds up the outputs of experts.
     also_head: the embedding is the output matrix too. What that use costs is added: E[(1 - sum(p²)) h hᵀ] of the
         activations h that it reads and the probabilities p that it gives, as an error z of a logit with the
         probability p costs p (1 - p) z² / 2.
@@ -121,7 +122,7 @@ def _gradients(
     stream: Stream,
     tokens: Int[Tensor, "sequences time"],
     generator: torch.Generator,
-    linears: Sequence[str],
+    linears: Sequence[Sequence[str]],
     see: Callable[[int, str | None, Tensor], None],
 ) -> Iterator[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]]:
     """Yield for each batch its gradients at the embedding, and what the output matrix reads, weighted.
@@ -154,7 +155,7 @@ def _gradients(
         with stream.layer(index) as layer:
             for i, x in enumerate(given):
                 forward = partial(calibrate.run_layer, layer, call=activations.call(x, index))
-                with _kept(layer, linears) as outputs:
+                with _kept(layer, linears[index] if linears else ()) as outputs:
                     gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
                 for name, gradient in zip(outputs, others, strict=True):
                     see(index, name, gradient.flatten(0, -2).float() / scale)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -139,10 +140,22 @@ class Plan:
         """The written weights' files, headers included, in bits, over all weights of the model."""
         return 8 * self.files[format_] / self.weights
 
+    @cached_property
+    def _by_layer(self) -> Mapping[int | None, Mapping[str, Linear]]:
+        found: dict[int | None, dict[str, Linear]] = {}
+        for linear in self.linears:
+            found.setdefault(linear.layer, {})[linear.name] = linear
+        return found
+
     def of_layer(self, layer: int | None, site: Site | None = None) -> list[Linear]:
         """Return the linears of a layer, or of one of its sites."""
-        names = None if site is None else {f"{self.spec.layers}.{layer}.{n}" for n in site.linears}
-        return [x for x in self.linears if x.layer == layer and (names is None or x.name in names)]
+        here = self._by_layer.get(layer, {})
+        return list(here.values()) if site is None else self.named(layer, site.linears)
+
+    def named(self, layer: int | None, names: Iterable[str]) -> list[Linear]:
+        """Return those of a layer's modules that are linears of the plan."""
+        here = self._by_layer.get(layer, {})
+        return [here[name] for name in (f"{self.spec.layers}.{layer}.{n}" for n in names) if name in here]
 
 
 def make(
@@ -193,7 +206,7 @@ def make(
     linears = [
         _linear(f"{spec.layers}.{i}.{local}", i, recipe, spec, infos, exporters, wanted)
         for i in range(layers)
-        for site in spec.sites
+        for site in spec.sites_of(i)
         for local in site.linears
     ]
     if head in infos:
@@ -207,13 +220,19 @@ def make(
     kept = {name: info for name, info in infos.items() if name not in planned}
     needs = _needs(recipe, linears)
     quantized = {x.name for x in linears if x.grid}
-    floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
+    routers = [
+        f"{spec.layers}.{i}.{name}"
+        for i in range(layers)
+        for name in (spec.experts.routers if spec.experts else ())
+        if any(site.expert for site in spec.sites_of(i))
+    ]
+    floats = sorted(({x.name for x in linears} | {*matrices, *routers, spec.head}) - quantized)
     unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.folds else ()
     stored = {name: type_ for name, (type_, _) in types.items()}
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
     text = recipe.calibration
     tokens = text.sequences * (text.length or min(context, 2048)) if text else 0
-    widest = max(_site_cols(plan, site) for site in spec.sites)
+    widest = max((_most_cols(plan, i) for i in range(layers)), default=0)
     plan = replace(
         plan,
         sizes={name: _size(plan, exporter) for name, exporter in exporters.items()},
@@ -338,16 +357,20 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
 
 
 def _unfoldable(spec: ModelSpec, layers: int, quantized: Collection[str], foldable: Collection[str]) -> tuple[str, ...]:
-    """Return the sites that transforms leave as they are; raise RecipeError when these are all."""
-    used = [
-        site.name
-        for site in spec.sites
-        if any(f"{spec.layers}.{i}.{n}" in quantized for i in range(layers) for n in site.linears)
-    ]
-    unfoldable = tuple(name for name in used if name not in foldable)
-    if len(unfoldable) == len(used):
+    """Return the sites that transforms leave as they are; raise RecipeError when these are all.
+
+    The linears that experts begin with are scaled with the site that feeds them all.
+    """
+    found = {
+        site.name: None
+        for i in range(layers)
+        for site in spec.sites_of(i)
+        if (site.fold or not site.expert) and any(f"{spec.layers}.{i}.{n}" in quantized for n in site.readers)
+    }
+    unfoldable = tuple(name for name in found if name not in foldable)
+    if len(unfoldable) == len(found):
         raise RecipeError(
-            f"transforms: nothing in this model's layers can absorb scales of {', '.join(used) or 'any site'}. "
+            f"transforms: nothing in this model's layers can absorb scales of {', '.join(found) or 'any site'}. "
             "Leave out `transforms`"
         )
     return unfoldable
@@ -409,17 +432,23 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Ma
     waits = plan.recipe.true_sequential and plan.waiting_bytes < memory / 2
     hessian = plan.needs in ("hessian", "fisher")
     chains = 2 if plan.recipe.mismatch_correction else 1  # the float model's layer and activations go along
-    sites: list[int] = []
-    for site in plan.spec.sites:
-        cols, weights = _site_cols(plan, site), sum(x.weights for x in plan.of_layer(0, site))
-        working = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
-        sites.append(working + chains * (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
     matrices = 5 if plan.recipe.mismatch_correction else 1  # a Hessian; a cross term and a Hessian of either half
-    squares = [4 * matrices * _site_cols(plan, site) ** 2 for site in plan.spec.sites] if hessian else [0]
-    quantizing = chains * 4 * (max(layers) + tokens * hidden) + max(sites)
-    quantizing += max(squares) if together else sum(squares)
+    working: list[int] = []
+    squares: list[int] = [0]  # the Hessians that a layer has at a time
+    for index in range(plan.layers):
+        known = {site: plan.of_layer(index, site) for site in plan.spec.sites_of(index) if site.linears}
+        for linears in known.values():
+            cols, weights = linears[0].cols, sum(x.weights for x in linears)
+            rounding = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
+            working.append(rounding + chains * (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
+        if hessian:
+            of_sites = [4 * matrices * x[0].cols ** 2 for site, x in known.items() if not site.expert]
+            # one expert's own, its prior, and the one that all share
+            of_experts = [3 * 4 * matrices * x[0].cols ** 2 for site, x in known.items() if site.expert]
+            squares.append(max([*of_sites, *of_experts]) if together else sum(of_sites) + max(of_experts, default=0))
+    quantizing = chains * 4 * (max(layers) + tokens * hidden) + max(working) + max(squares)
     return RUNTIME_BYTES + outside + max(quantizing, shard + PACKING * largest)
 
 
-def _site_cols(plan: Plan, site: Site) -> int:
-    return plan.of_layer(0, site)[0].cols
+def _most_cols(plan: Plan, layer: int) -> int:
+    return max(x.cols for x in plan.of_layer(layer))

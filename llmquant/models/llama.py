@@ -14,6 +14,4 @@ MLP = (
     Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), Fold("post_attention_layernorm")),
     Site("mlp_out", ("mlp.down_proj",), Fold("mlp.up_proj", "rows")),
 )
-SPECS = (
-    ModelSpec(layers="model.layers", head="lm_head", embed="model.embed_tokens", sites=(*ATTENTION, *MLP)),
-)
+SPECS = (ModelSpec(layers="model.layers", head="lm_head", embed="model.embed_tokens", sites=(*ATTENTION, *MLP)),)

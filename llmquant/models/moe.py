@@ -63,6 +63,25 @@ class Experts(nn.ModuleList):
         return out
 
 
+def reads_inner(site: Site) -> bool:
+    """Whether a site is that of an expert's last linear."""
+    return bool(site.expert) and site.linears == (f"{site.expert}.{DOWN}",)
+
+
+def any_expert(site: Site) -> str:
+    """Return the name of an expert's module with a star for its number."""
+    return f"{site.expert.rpartition('.')[0]}.*"
+
+
+def before(layer: nn.Module, site: Site) -> Callable[[Tensor], Tensor]:
+    """Return what makes what a site of an expert reads of what the expert reads."""
+    if not reads_inner(site):
+        return lambda x: x
+    expert = layer.get_submodule(site.expert)
+    assert isinstance(expert, Expert)
+    return expert.inner
+
+
 def unfused(model: nn.Module, spec: ModelSpec) -> ModelSpec:
     """Give a model's experts linears of their own; return the spec with the sites of every layer.
 
@@ -75,10 +94,11 @@ def unfused(model: nn.Module, spec: ModelSpec) -> ModelSpec:
     parent, _, name = spec.experts.module.rpartition(".")
     counts = []
     for index, layer in enumerate(layers.children()):
-        fused = getattr(layer.get_submodule(parent), name, None)
+        fused: nn.Module | None = getattr(layer.get_submodule(parent), name, None)
+        experts = Experts() if fused is None else _unfused(fused, f"{spec.layers}.{index}.{spec.experts.module}")
         if fused is not None:
-            setattr(layer.get_submodule(parent), name, _unfused(fused, f"{spec.layers}.{index}.{spec.experts.module}"))
-        counts.append(0 if fused is None else len(layer.get_submodule(spec.experts.module)))
+            setattr(layer.get_submodule(parent), name, experts)
+        counts.append(len(experts))
     sites = {count: _sites(spec, count) for count in set(counts)}
     return replace(spec, of_layers=tuple(sites[count] for count in counts))
 
@@ -88,12 +108,12 @@ def _unfused(fused: nn.Module, where: str) -> Experts:
     both, down = parameters.get("gate_up_proj", ()), parameters.get("down_proj", ())
     if parameters.keys() != {"gate_up_proj", "down_proj"} or both != (down[0], 2 * down[2], down[1]):
         raise UnsupportedModel(
-            f"{where}: its parameters are {parameters}, and only gate_up_proj [experts, 2 inner, hidden] with down_proj "
+            f"{where}: its parameters are {parameters}, and only gate_up_proj [experts, 2 inner, hidden] and down_proj "
             "[experts, hidden, inner] can be taken apart. Use the version of transformers that llmquant was tested with"
         )
     gates, ups = fused.get_parameter("gate_up_proj").chunk(2, dim=1)
     downs = fused.get_parameter("down_proj")
-    act: Callable[[Tensor], Tensor] = fused.act_fn
+    act = fused.get_submodule("act_fn")
     return Experts(Expert(*of_expert, act) for of_expert in zip(gates, ups, downs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Qwen2-MoE: beside the experts one that all tokens pass, with a gate of its own; some layers may have an MLP instead."""
+"""Qwen2-MoE: beside the experts one that all tokens pass, with a gate of its own. Some layers may have an MLP."""
 
 from __future__ import annotations
 
