@@ -159,7 +159,7 @@ def notes(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
         if few:
             found.append(
-                f"{module}: few tokens were routed to {len(few)} of {len(tokens)} experts, which were rounded more on all "
-                f"tokens than on their own: {', '.join(few)}"
+                f"{module}: few tokens were routed to {len(few)} of {len(tokens)} experts, which were rounded more on "
+                f"all tokens than on their own: {', '.join(few)}"
             )
     return found

@@ -40,8 +40,9 @@ class GgufCheckpoint(Checkpoint):
         infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
         if config.get_text_config().tie_word_embeddings:
             shapes.pop(f"{spec.head}.weight", None)
-        self._entries = {entry.source: entry for entry in families.layout(config, shapes).entries}
-        for entry in self._entries.values():
+        layout = families.layout(config, shapes)
+        self._entries = {source: entry for entry in layout.entries for source in entry.sources}
+        for entry in layout.entries:
             if entry.name not in self.file.tensors:
                 raise CheckpointError(f"{path}: has no tensor {entry.name}, which this architecture needs")
         self.infos = {name: infos[name] for name in self._entries}
@@ -72,12 +73,16 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         entry = self._entries[name]
         stored = self.file.tensors[entry.name]
-        values = gguf_file.to_float(stored).view(stored.shape)
+        wanted = self.infos[name].shape
+        if entry.stack and stored.shape == (len(entry.stack), *wanted):
+            first = entry.stack.index(name) * wanted[0]
+            values = gguf_file.to_float(stored, (first, first + wanted[0]))
+        else:
+            values = gguf_file.to_float(stored).view(stored.shape)
         if entry.rows is not None:
             values = torch.empty_like(values).index_copy_(0, entry.rows, values)
         if entry.plus_one:
             values = values - 1
-        wanted = self.infos[name].shape
         if self._conv1d and values.ndim == 2 and values.shape != wanted:
             values = values.T
         if values.shape != wanted:

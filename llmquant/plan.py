@@ -215,7 +215,7 @@ def make(
         linears.append(_linear(spec.embed, None, recipe, spec, infos, exporters, wanted))
     for exporter in exporters.values():
         if hasattr(exporter, "check_together"):
-            exporter.check_together({x.name: x.grid for x in linears if x.grid})
+            exporter.check_together({x.name: x.grid for x in linears})
     planned = {x.weight_name for x in linears}
     kept = {name: info for name, info in infos.items() if name not in planned}
     needs = _needs(recipe, linears)
