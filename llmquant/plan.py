@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from llmquant.activations import ActivationScheme, Inputs
 from llmquant.checkpoint import SHARD_BYTES, TensorInfo
 from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
+from llmquant.models import moe
 from llmquant.models.spec import ModelSpec, Site
 from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs, most_of
@@ -113,7 +115,25 @@ class Plan:
     def notes(self) -> list[str]:
         """Every departure from the recipe's own grid that a report must list."""
         skipped = [f"{site}: not transformed, as nothing in a layer can absorb its scales" for site in self.unfoldable]
-        return [f"{x.name}: {x.note}" for x in self.linears if x.note] + skipped
+        layers = self.spec.layers
+        experts = {
+            f"{layers}.{i}.{name}": f"{layers}.{i}.{name.replace(site.expert, moe.any_expert(site))}"
+            for i in range(self.layers)
+            for site in self.spec.sites_of(i)
+            for name in site.linears
+            if site.expert
+        }
+        alike: dict[tuple[str, str], list[str]] = {}  # a note that all experts of a layer have is listed once
+        for linear in self.linears:
+            alike.setdefault((experts.get(linear.name, linear.name), linear.note), []).append(linear.name)
+        every = Counter(experts.values())
+        listed = [
+            f"{name}: {note}"
+            for (group, note), names in alike.items()
+            for name in ([group] if len(names) == every[group] else names)
+            if note
+        ]
+        return listed + skipped
 
     @property
     def weights(self) -> int:
