@@ -225,7 +225,7 @@ def test_attention_of_the_largest_gemmas_is_scaled_in_their_way(config, layers, 
         (hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2), "decoder_sparse_step 1 only"),
         (
             hf.OlmoeConfig(**EXPERTS),
-            "each of an OLMoE model's 4 heads keys and values of its own, and this one has 2",
+            "keys and values for each of an OLMoE model's 4 heads, not 2",
         ),
         (hf.OlmoeConfig(**EXPERTS, clip_qkv=8.0), "clip_qkv None only"),
         (hf.BloomConfig(**CLASSIC, apply_residual_connection_post_layernorm=True), "post_layernorm False only"),

@@ -503,8 +503,8 @@ def _qwen3_moe_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict
 def _check_olmoe(config: Any) -> None:
     if config.num_key_value_heads != config.num_attention_heads:
         raise FormatError(
-            f"llama.cpp gives each of an OLMoE model's {config.num_attention_heads} heads keys and values of its own, and "
-            f"this one has {config.num_key_value_heads}"
+            f"llama.cpp wants keys and values for each of an OLMoE model's {config.num_attention_heads} heads, not "
+            f"{config.num_key_value_heads}"
         )
 
 
