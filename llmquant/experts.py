@@ -4,8 +4,14 @@ An expert learns from the tokens that are routed to it, and rare ones get few, o
 none at all. So its statistics lean on a prior: on what it would read if every token
 were routed to it. For gate and up that is the same for all experts; for down, each
 has its own (experts do not share the columns in between, so a mean over experts
-would say nothing). With n tokens, the prior counts as much as ``PRIOR`` * columns
-more.
+would say nothing). With n tokens, the prior counts as ``PRIOR`` * columns more.
+
+Measured on a model of 16 experts of 128 and 96 columns, trained on documentation
+for this, with GPTQ at 3 bits and the error at the outputs for other tokens that are
+routed there. With fewer tokens than a quarter of the columns, a prior of 0.5 or 1
+times the columns leaves 60 % (gate and up) and 52 % (down) of the error without
+one, and 82 % of that of the prior alone; from 4 to 16 times the columns, 98 to
+100 % and 68 to 70 %. 0.5 is best for gate and up, 1 to 2 for down, each by 5 % at most.
 """
 
 from __future__ import annotations
@@ -22,8 +28,8 @@ from llmquant.models import moe
 from llmquant.models.spec import Site
 from llmquant.stats import Accumulator, Sample, Stats
 
-PRIOR = 0.25
-NEGLIGIBLE = 0.01  # share of the prior, below which it is left out
+PRIOR = 0.75
+NEGLIGIBLE = 0.05  # share of the prior, below which it is left out
 ENOUGH = 8192  # tokens that a prior is found on, at least, and for each column:
 ENOUGH_BY_COLUMN = 4
 GATHERED = 1024  # tokens that are added to the sums together
