@@ -27,8 +27,8 @@ from llmquant.models.spec import ModelSpec, Site
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and keyword arguments that a decoder layer gets after x."""
 
-Steps = Generator[tuple[Site | None, Tensor], None, None]
-"""A layer's computation in steps: (site, what its linears are about to read), and at last (None, the output)."""
+Steps = Generator[tuple[Any, ...], None, None]
+"""A layer's computation in steps: (site, what it is about to read), and at last (None, the output)."""
 
 
 def start(
@@ -91,15 +91,18 @@ def _layers_replaced(model: nn.Module, spec: ModelSpec, forward: Callable[..., A
 
 
 @contextmanager
-def watch(layer: nn.Module, sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """While active, call ``see(site, x)`` once per site and forward; x [tokens, cols] is what its linears read."""
+def watch(layer: nn.Module, sites: Sequence[Site], see: Callable[..., None]) -> Iterator[None]:
+    """While active, call ``see(site, x)`` once per site and forward; x [tokens, cols] is what its linears read.
 
-    def hook(site: Site, _linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        see(site, inputs[0].reshape(-1, inputs[0].shape[-1]))
+    Where experts begin (``experts_of``), ``see(site, x, chosen, weights)``: what ``moe.Experts`` is given.
+    """
+
+    def hook(site: Site, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        see(site, inputs[0].reshape(-1, inputs[0].shape[-1]), *inputs[1:])
 
     with ExitStack() as hooks:
         for site in sites:
-            first = layer.get_submodule(site.linears[0])
+            first = layer.get_submodule(site.readers[0])
             hooks.enter_context(first.register_forward_pre_hook(partial(hook, site)))
         yield
 
@@ -122,8 +125,15 @@ def stepwise(layer: nn.Module, sites: Sequence[Site]) -> Iterator[Callable[[Tens
             if not forward.dead:
                 forward.throw()
 
-    with watch(layer, sites, lambda site, x: getcurrent().parent.switch((site, x))):
+    with watch(layer, sites, lambda *seen: getcurrent().parent.switch(seen)):
         yield begin
+
+
+def experts_of(spec: ModelSpec, index: int) -> Site | None:
+    """Return a site without linears where a layer's experts begin; None where it has none."""
+    if spec.experts is None or not any(site.expert for site in spec.sites_of(index)):
+        return None
+    return Site(spec.experts.module, (), others=(spec.experts.module,))
 
 
 @contextmanager
@@ -165,7 +175,7 @@ def producer_rows(layer: nn.Module, site: Site) -> Int[Tensor, " cols"]:
     fold = site.fold
     if fold is None or not foldable(layer, site):
         raise ValueError(f"site {site.name}: no module of this layer can absorb a scale")
-    cols = weight_of(layer.get_submodule(site.linears[0])).shape[1]
+    cols = weight_of(layer.get_submodule(site.readers[0])).shape[1]
     weight = weight_of(layer.get_submodule(fold.module))
     rows = torch.arange(weight.shape[0], device=None if weight.is_meta else weight.device)
     if fold.kind in ("norm", "norm_plus_one", "rows"):
@@ -205,11 +215,11 @@ def score_linears(spec: ModelSpec) -> frozenset[str]:
     computes the values too counts as one of them.
     """
     found: set[str] = set()
-    for fold in (site.fold for site in spec.sites):
+    for fold in (site.fold for site in spec.every_site):
         if fold is None or fold.kind not in ("v", "qkv", "qkv_per_head"):
             continue
         attention = fold.module.rpartition(".")[0]
-        for site in spec.sites:
+        for site in spec.every_site:
             if fold.module in site.linears:
                 found |= {name for name in site.linears if name.rpartition(".")[0] == attention}
         found -= {fold.module} if fold.kind == "v" else set()
@@ -218,7 +228,7 @@ def score_linears(spec: ModelSpec) -> frozenset[str]:
 
 @torch.no_grad()
 def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) -> Float[Tensor, " rows"]:
-    """Multiply the columns of a site by ``scales`` > 0, and what feeds them by 1/scales.
+    """Multiply the columns of all that reads a site by ``scales`` > 0, and what feeds them by 1/scales.
 
     Returns what each output of the module that feeds them was divided by. The layer computes the same function
     afterwards. Columns that share a producer row must share their scale.
@@ -237,6 +247,6 @@ def fold_scales(layer: nn.Module, site: Site, scales: Float[Tensor, " cols"]) ->
         weight.div_(divisor.view(-1, *[1] * (weight.ndim - 1)))
     if getattr(producer, "bias", None) is not None:
         producer.get_parameter("bias").div_(divisor)
-    for name in site.linears:
+    for name in site.readers:
         weight_of(layer.get_submodule(name)).mul_(scales)
     return divisor

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,26 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor."""
+    """What a header says about one tensor.
+
+    key: its name in the file, or in one that is written of it. stack: the tensor of the file that holds it where that
+    is one for all experts of a layer, which of them it is, and its first row there.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
-    key: str  # its name in the file
+    key: str
+    stack: tuple[str, int, int] | None = None
+
+    @property
+    def stored(self) -> str:
+        """The name of the tensor that the file has."""
+        return self.stack[0] if self.stack else self.key
+
+    def of_expert(self, name: str, expert: int, first: int, last: int) -> TensorInfo:
+        """Return some rows of one expert as a tensor of its own; this one is [experts, rows, columns]."""
+        return TensorInfo((last - first, self.shape[2]), self.dtype, self.file, name, (self.key, expert, first))
 
     @property
     def numel(self) -> int:
@@ -121,10 +136,16 @@ class Checkpoint:
         """Return one tensor as it is stored, or some rows of it."""
         if name not in self.infos:
             raise CheckpointError(f"{self.folder}: has no tensor {name}")
-        file, key = self.infos[name].file, self.infos[name].key
+        info = self.infos[name]
+        file, key = info.file, info.stored
         try:
             # opened anew each time: an open file stays mapped, and what was read of it counts as this process's memory
             with safe_open(self.folder / file, "pt") as opened:
+                if info.stack:
+                    _, expert, row = info.stack
+                    first, last, _ = slice(*(rows or (None,))).indices(info.shape[0])
+                    stacked: Tensor = opened.get_slice(key)[expert : expert + 1, row + first : row + last]
+                    return stacked[0]
                 tensor: Tensor = opened.get_slice(key)[slice(*rows)] if rows else opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from None
@@ -138,10 +159,13 @@ class Checkpoint:
         """Name the tensors as the modules of the model.
 
         Files may leave out the first part ("h.0." of "transformer.h.0.") or have
-        older names for some modules (``spec.renamed``).
+        older names for some modules (``spec.renamed``). Experts that a file keeps in one tensor get one each.
         """
         for old, new in spec.renamed:
-            self.infos = {new + n.removeprefix(old) if n.startswith(old) else n: i for n, i in self.infos.items()}
+            part = re.compile(rf"(?:^|(?<=\.)){re.escape(old)}")
+            self.infos = {part.sub(new, name): info for name, info in self.infos.items()}
+        if spec.experts is not None:
+            self.infos = {new: part for name, info in self.infos.items() for new, part in _experts(name, info)}
         if any(name.startswith(f"{spec.layers}.0.") for name in self.infos):
             return
         parts = spec.layers.split(".")
@@ -150,6 +174,20 @@ class Checkpoint:
                 prefix = ".".join([*parts[:cut], ""])
                 heads = (f"{spec.head}.", prefix)
                 self.infos = {n if n.startswith(heads) else prefix + n: i for n, i in self.infos.items()}
+
+
+def _experts(name: str, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield a tensor, or, if it holds a matrix of all experts of a layer, that of each, gate and up apart."""
+    module, _, last = name.rpartition(".")
+    if len(info.shape) != 3 or last not in ("gate_up_proj", "down_proj"):
+        yield name, info
+        return
+    parts = [last] if last == "down_proj" else ["gate_proj", "up_proj"]
+    rows = info.shape[1] // len(parts)
+    for expert in range(info.shape[0]):
+        for i, part in enumerate(parts):
+            new = f"{module}.{expert}.{part}.weight"
+            yield new, info.of_expert(new, expert, i * rows, (i + 1) * rows)
 
 
 class Digest:

@@ -7,7 +7,6 @@ measured (eval/memory.py).
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -30,6 +29,7 @@ PACKING = 3
 HESSIAN = 4
 FACTORS = 38  # a Hessian; GPTQ's factors of it, and what they are computed in
 FACTORED = 16  # the same while rows are rounded
+EXPERT = 2  # Hessians of all tokens beside those of an expert's own
 CORRECTION = 20  # what a mismatch needs beside the Hessian
 # For each token and column, of what a layer computes in a batch:
 FORWARD = 4
@@ -98,21 +98,22 @@ def _peaks(
     along = recipe.mismatch_correction or recipe.learned_rounding is not None
     held = 0 if placement == "files" else 4 * hidden * (text.tokens + along * text.aimed)
     sites = _sites(plan)
-    cols = [n for n, _ in sites]
+    cols = [n for n, _, _ in sites]
     width = 4 * hidden + 3 * max(cols)  # what a layer computes of a token
     forward = FORWARD * text.batch * width
     hessian = plan.needs in ("hessian", "fisher")
     # all of the layer's Hessians at a time where a fold is searched, or where the sites do not wait for each other
-    all_hessians = HESSIAN * sum(n**2 for n in cols) if hessian else 0
+    all_hessians = HESSIAN * sum(n**2 for n, _, expert in sites if not expert) if hessian else 0
     together = 0 if recipe.true_sequential else all_hessians
-    waiting = 0
+    # all tokens wait where experts begin
+    waiting = 4 * hidden * text.tokens * any(expert for _, _, expert in sites)
     if placement == "waiting" and recipe.true_sequential:
         waiting = 4 * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
-    rounding = [ROUNDING * weights for _, weights in sites]
-    if hessian:
-        rounding = [max(FACTORS * n**2, FACTORED * n**2 + FEEDBACK * weights) for n, weights in sites]
-    if recipe.mismatch_correction:
-        rounding = [CORRECTION * n**2 + working for (n, _), working in zip(sites, rounding, strict=True)]
+    rounding = []
+    for n, weights, expert in sites:
+        working = max(FACTORS * n**2, FACTORED * n**2 + FEEDBACK * weights) if hessian else ROUNDING * weights
+        matrices = HESSIAN * EXPERT * expert * hessian + CORRECTION * recipe.mismatch_correction
+        rounding.append(working + matrices * n**2)
     searching = all_hessians if recipe.folds else HESSIAN * max(cols) ** 2 if hessian else 0
     layers = layer * (2 if along else 1) + held + waiting + max(together + max(rounding), forward + searching)
     base = RUNTIME + CALIBRATING
@@ -144,14 +145,13 @@ def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:
     return torch.get_num_threads() * PIECES * min(largest, PIECE)
 
 
-def _sites(plan: Plan) -> list[tuple[int, int]]:
-    """Return the columns of every site, and the weights of its linears, of the layer where there are most."""
-    site_of = {local: site.name for site in plan.spec.sites for local in site.linears}
-    weights: Counter[tuple[str, int]] = Counter()
-    cols: dict[str, int] = {}
-    for linear in plan.linears:
-        if linear.layer is not None:
-            site = site_of[linear.name.removeprefix(f"{plan.spec.layers}.{linear.layer}.")]
-            weights[site, linear.layer] += linear.weights
-            cols[site] = linear.cols
-    return [(n, max(count for (name, _), count in weights.items() if name == site)) for site, n in cols.items()]
+def _sites(plan: Plan) -> list[tuple[int, int, bool]]:
+    """Return the columns of every site, most weights of its linears, and whether it is one of an expert, as all are."""
+    found: dict[tuple[str, int, bool], int] = {}
+    for index in range(plan.layers):
+        for site in plan.spec.sites_of(index):
+            linears = plan.of_layer(index, site)
+            if linears:
+                key = "" if site.expert else site.name, linears[0].cols, bool(site.expert)
+                found[key] = max(found.get(key, 0), sum(x.weights for x in linears))
+    return [(cols, weights, expert) for (_, cols, expert), weights in found.items()]

@@ -14,7 +14,7 @@ from llmquant import gguf_file
 from llmquant.checkpoint import Checkpoint, TensorInfo
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.exporters.gguf import families, vocabulary
-from llmquant.models import spec_for
+from llmquant.models import moe, spec_for
 
 
 class GgufCheckpoint(Checkpoint):
@@ -34,14 +34,15 @@ class GgufCheckpoint(Checkpoint):
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
-        spec = spec_for(self.config)
+        spec = moe.unfused(model, spec_for(self.config))
         self._conv1d = spec.conv1d
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
         if config.get_text_config().tie_word_embeddings:
             shapes.pop(f"{spec.head}.weight", None)
-        self._entries = {entry.source: entry for entry in families.layout(config, shapes).entries}
-        for entry in self._entries.values():
+        layout = families.layout(config, shapes)
+        self._entries = {source: entry for entry in layout.entries for source in entry.sources}
+        for entry in layout.entries:
             if entry.name not in self.file.tensors:
                 raise CheckpointError(f"{path}: has no tensor {entry.name}, which this architecture needs")
         self.infos = {name: infos[name] for name in self._entries}
@@ -72,12 +73,16 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         entry = self._entries[name]
         stored = self.file.tensors[entry.name]
-        values = gguf_file.to_float(stored).view(stored.shape)
+        wanted = self.infos[name].shape
+        if entry.stack and stored.shape == (len(entry.stack), *wanted):
+            first = entry.stack.index(name) * wanted[0]
+            values = gguf_file.to_float(stored, (first, first + wanted[0]))
+        else:
+            values = gguf_file.to_float(stored).view(stored.shape)
         if entry.rows is not None:
             values = torch.empty_like(values).index_copy_(0, entry.rows, values)
         if entry.plus_one:
             values = values - 1
-        wanted = self.infos[name].shape
         if self._conv1d and values.ndim == 2 and values.shape != wanted:
             values = values.T
         if values.shape != wanted:

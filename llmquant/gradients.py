@@ -44,7 +44,7 @@ held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
 class LayerInformation:
     """Fisher information of the outputs of a layer's linears, and of its own.
 
-    linears: by name in the layer; of ``ROWS`` rows after the other.
+    linears: by the module's name in the layer; of ``ROWS`` rows after the other.
     layer: every token's error as a share of the token's size.
     """
 
@@ -56,7 +56,7 @@ def measure(
     stream: Stream,
     tokens: Int[Tensor, "sequences time"],
     also_head: bool,
-    linears: Sequence[str] = (),
+    linears: Sequence[Sequence[str]] = (),
     keep: Callable[[int, LayerInformation], None] = lambda index, of_layer: None,
     folder: Path | None = None,
     seed: int = 0,
@@ -67,7 +67,8 @@ def measure(
         activations h that it reads and the probabilities p that it gives, as an error z of a logit with the
         probability p costs p (1 - p) z² / 2.
     tokens: the first ``TOKENS`` of them are used.
-    linears: of every layer, whose outputs are to be known. keep: told what is known of a layer, the last one first.
+    linears: the modules whose outputs are to be known, a sequence for each layer; linears, or what adds up the outputs
+        of experts. keep: told what is known of a layer, the last one first.
     folder: a new one, for what every layer reads; None: that waits in memory.
     """
     tokens = tokens[: max(TOKENS // tokens.shape[1], 1)]
@@ -102,7 +103,7 @@ def measure(
         with stream.layer(index) as layer:
             for i, x in enumerate(given):
                 forward = partial(calibrate.run_layer, layer, call=given.call(x, index))
-                with _kept(layer, linears) as outputs:
+                with _kept(layer, linears[index] if linears else ()) as outputs:
                     gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
                 for name, gradient in zip(outputs, others, strict=True):
                     _add(sums, name, gradient.flatten(0, -2).float() / scale)

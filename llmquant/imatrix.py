@@ -46,10 +46,10 @@ class Entry:
     counts: Int[Tensor, " matrices"]
 
     @staticmethod
-    def of(stats: Stats) -> Entry:
-        """Return the statistics of a site as the entry of one of its matrices."""
-        sums = stats.square_mean.double().cpu() * stats.tokens
-        return Entry(sums.float()[None], torch.tensor([stats.tokens]))
+    def of(*stats: Stats) -> Entry:
+        """Return the statistics of a site as the entry of one of its matrices; those of all experts for a stack."""
+        sums = [known.square_mean.double().cpu() * known.tokens for known in stats]
+        return Entry(torch.stack(sums).float(), torch.tensor([known.tokens for known in stats]))
 
 
 @dataclass(frozen=True)

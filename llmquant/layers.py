@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from llmquant import calibrate, gradients, learned, plugins, work
 from llmquant import plan as planning
 from llmquant.activations import Inputs
 from llmquant.errors import CalibrationError, LlmquantError
+from llmquant.experts import Reader, Routed
 from llmquant.grid import dequantize
+from llmquant.models import moe
 from llmquant.models.spec import Site
 from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress
-from llmquant.sites import Goal, Layer, Quantized, accumulator, local_name, put, quantize_together
+from llmquant.sites import Goal, Layer, Quantized, accumulator, information_of, local_name, put, quantize_together
 from llmquant.stats import Sample, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
@@ -76,7 +80,7 @@ def _pass_finished(
             if linear.grid is not None:
                 put(layer, plan, linear, log.load(linear), rounding)
         _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
-        with calibrate.rounded(layer, plan.spec.sites, rounding):
+        with calibrate.rounded(layer, plan.spec.sites_of(index), rounding):
             stream.run(layer, index, activations)
 
 
@@ -179,13 +183,22 @@ def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor
     if plan.needs != "fisher" or all(log.has(i) or log.has_information(i) for i in range(plan.layers)):
         return None
     two_sided = any(x.choice and x.grid and planning.needs_of(x.choice) == "fisher" for x in plan.linears)
-    linears = [name for site in plan.spec.sites for name in site.linears] if two_sided else []
+    linears = [_informing(plan, index) if two_sided else [] for index in range(plan.layers)]
 
     def keep(index: int, of_layer: gradients.LayerInformation) -> None:
         if not log.has(index):
             log.save_information(index, of_layer)
 
     return gradients.measure(stream, tokens, stream.tied and not plan.untie, linears, keep, folder)
+
+
+def _informing(plan: Plan, index: int) -> list[str]:
+    """Return the modules of a layer of which the Fisher information of the outputs is to be known.
+
+    Of an expert's first linears it is not: it would take more memory than the model, and be found on few tokens.
+    """
+    sites = [s for s in plan.spec.sites_of(index) if not s.expert or moe.reads_inner(s)]
+    return list(dict.fromkeys(information_of(plan.spec, site, name) for site in sites for name in site.linears))
 
 
 def transform_layer(
@@ -202,57 +215,116 @@ def transform_layer(
 
     All sites are searched on the layer while it is float, and before any of its
     linears is quantized: a fold changes the linear that feeds the site too. A search
-    needs less text than rounding does.
+    needs less text than rounding does. Experts come one after the other.
     """
-    sites = [
-        s for s in plan.spec.sites if s.name not in plan.unfoldable and any(x.grid for x in plan.of_layer(index, s))
+    folding = [
+        s
+        for s in plan.spec.sites_of(index)
+        if s.fold and s.name not in plan.unfoldable and any(x.grid for x in plan.named(index, s.readers))
     ]
-    sums = {site.name: accumulator(plan, stream, plan.of_layer(index, site), drift=False) for site in sites}
+    sites = [site for site in folding if not site.expert]
+    begin = calibrate.experts_of(plan.spec, index)
+    sums = {site.name: accumulator(plan, stream, plan.named(index, site.readers), drift=False) for site in sites}
     some = activations.first(enough(plan.of_layer(index)))
     samples = {site.name: Sample(some.tokens) for site in sites}
+    routed = Routed()
 
-    def see(site: Site, x: Tensor) -> None:
-        sums[site.name].add(x)
-        samples[site.name].add(x)
+    def see(site: Site, x: Tensor, *chosen: Tensor) -> None:
+        if site == begin:
+            routed.add(x, chosen[0])
+        else:
+            sums[site.name].add(x)
+            samples[site.name].add(x)
 
-    with calibrate.watch(layer, sites, see):
+    with calibrate.watch(layer, [*sites, *([begin] if begin else [])], see):
         stream.run(layer, index, some, keep=False)
-    stats = {site.name: sums[site.name].result() for site in sites}
-    inputs = {site.name: samples[site.name].result() for site in sites}
-    records: dict[str, Any] = {}
-    scales: dict[str, Tensor] = {}
-    changed: list[str] = []
-    for name, config in plan.recipe.folds:
-        transform = plugins.load("transforms", name, "transforms")
-        for site in sites:
-            assert site.fold is not None
-            linears = plan.of_layer(index, site)
-            view = SiteView(
-                tuple(calibrate.weight_of(layer.get_submodule(local)).float() for local in site.linears),
-                tuple(map(_rounding, linears)),
-                stats[site.name],
-                inputs[site.name],
-                calibrate.producer_rows(layer, site),
-                site.fold.kind.startswith("norm"),
-            )
-            try:
-                found: Scales = transform.search(view, config)
-            except LlmquantError as error:
-                raise type(error)(f"{linears[0].weight_name}: {error}") from None
-            for linear in linears:
-                records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
-            if bool((found.factors == 1).all()):
-                continue
-            dtype = stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
-            factors = calibrate.storable_scales(layer, site, found.factors, dtype)
-            divisor = calibrate.fold_scales(layer, site, factors)
-            if feeding := outputs.get(site.fold.module):
-                of_parts = torch.split(divisor, [len(part) for part in feeding])
-                outputs[site.fold.module] = tuple(p * d * d[:, None] for p, d in zip(feeding, of_parts, strict=True))
-            stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
-            scales[site.name] = scales.get(site.name, 1) * factors
-            changed += [site.fold.module, *site.linears]
-    return _round_floats(plan, stream, layer, index, changed), records, scales
+    experts = {site.expert for site in plan.spec.sites_of(index) if site.expert}
+    share = routed.chosen[0].shape[1] / len(experts) if experts else 1.0
+    folds = _Folds(plan, stream, layer, index, outputs, share)
+    folds.search(
+        sites, {site.name: sums[site.name].result() for site in sites}, {n: s.result() for n, s in samples.items()}
+    )
+    if begin is not None:
+        assert plan.spec.experts is not None
+        routed.x = [x / folds.scales.get(plan.spec.experts.site, 1) for x in routed.x]
+        reader = Reader(layer, routed, lambda site: accumulator(plan, stream, plan.of_layer(index, site), drift=False))
+        for site in (site for site in folding if site.expert):
+            folds.search([site], {site.name: reader.stats(site)[0]}, {site.name: reader.sample(site)})
+    return _round_floats(plan, stream, layer, index, folds.changed), folds.records, folds.scales
+
+
+class _Folds:
+    """What the transforms find for the sites of a layer, folded into it.
+
+    share: of the tokens that an expert reads, on average.
+    records: by linear. scales: by site, what its activations were divided by. changed: modules.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stream: Stream,
+        layer: nn.Module,
+        index: int,
+        outputs: dict[str, tuple[Tensor, ...]],
+        share: float,
+    ) -> None:
+        self._plan, self._stream, self._layer, self._index = plan, stream, layer, index
+        self._outputs, self._share = outputs, share
+        self.records: dict[str, Any] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.changed: list[str] = []
+
+    def search(self, sites: Sequence[Site], stats: dict[str, Stats], inputs: dict[str, Tensor]) -> None:
+        """Let each transform search all sites, then the next. stats, inputs: of what the sites read."""
+        for name, config in self._plan.recipe.folds:
+            transform = plugins.load("transforms", name, "transforms")
+            for site in sites:
+                factors = self._folded(name, transform, config, site, stats[site.name], inputs[site.name])
+                if factors is not None:
+                    stats[site.name], inputs[site.name] = stats[site.name].divided(factors), inputs[site.name] / factors
+
+    def _folded(
+        self, name: str, transform: ModuleType, config: Any, site: Site, stats: Stats, inputs: Tensor
+    ) -> Tensor | None:
+        """Fold what a transform finds for a site into the layer, and return what its activations are divided by."""
+        plan, layer, index = self._plan, self._layer, self._index
+        assert site.fold is not None
+        linears = plan.named(index, site.readers)
+        view = SiteView(
+            tuple(self._weights(x, site) for x in linears),
+            tuple(map(_rounding, linears)),
+            stats,
+            inputs,
+            calibrate.producer_rows(layer, site),
+            site.fold.kind.startswith("norm"),
+        )
+        try:
+            found: Scales = transform.search(view, config)
+        except LlmquantError as error:
+            raise type(error)(f"{linears[0].weight_name}: {error}") from None
+        for linear in linears:
+            self.records.setdefault(linear.name, {}).setdefault("transforms", []).append({"name": name, **found.record})
+        if bool((found.factors == 1).all()):
+            return None
+        dtype = self._stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
+        factors = calibrate.storable_scales(layer, site, found.factors, dtype)
+        divisor = calibrate.fold_scales(layer, site, factors)
+        if feeding := self._outputs.get(site.fold.module):
+            of_parts = torch.split(divisor, [len(part) for part in feeding])
+            scaled = tuple(p * d * d[:, None] for p, d in zip(feeding, of_parts, strict=True))
+            self._outputs[site.fold.module] = scaled
+        self.scales[site.name] = self.scales.get(site.name, 1) * factors
+        self.changed += [site.fold.module, *site.readers]
+        return factors
+
+    def _weights(self, linear: Linear, site: Site) -> Tensor:
+        """Return the weights that a search rounds: of an expert's as large a share as that of the tokens it reads."""
+        name = local_name(self._plan, linear)
+        w = calibrate.weight_of(self._layer.get_submodule(name)).float()
+        if name in site.linears or linear.grid is None or linear.grid.shared or linear.grid.per_tensor:
+            return w
+        return w[torch.linspace(0, len(w) - 1, math.ceil(self._share * len(w)), device=w.device).long()]
 
 
 def _rounding(linear: Linear) -> Rounding | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from llmquant.activations import ActivationScheme, Inputs
 from llmquant.checkpoint import TensorInfo
 from llmquant.errors import FormatError, LlmquantError, RecipeError, ShapeError
 from llmquant.grid import Grid, QuantizedTensor
+from llmquant.models import moe
 from llmquant.models.spec import ModelSpec, Site
 from llmquant.recipe import Choice, Recipe
 from llmquant.stats import Needs, most_of
@@ -109,7 +112,25 @@ class Plan:
     def notes(self) -> list[str]:
         """Every departure from the recipe's own grid that a report must list."""
         skipped = [f"{site}: not transformed, as nothing in a layer can absorb its scales" for site in self.unfoldable]
-        return [f"{x.name}: {x.note}" for x in self.linears if x.note] + skipped
+        layers = self.spec.layers
+        experts = {
+            f"{layers}.{i}.{name}": f"{layers}.{i}.{name.replace(site.expert, moe.any_expert(site))}"
+            for i in range(self.layers)
+            for site in self.spec.sites_of(i)
+            for name in site.linears
+            if site.expert
+        }
+        alike: dict[tuple[str, str], list[str]] = {}  # a note that all experts of a layer have is listed once
+        for linear in self.linears:
+            alike.setdefault((experts.get(linear.name, linear.name), linear.note), []).append(linear.name)
+        every = Counter(experts.values())
+        listed = [
+            f"{name}: {note}"
+            for (group, note), names in alike.items()
+            for name in ([group] if len(names) == every[group] else names)
+            if note
+        ]
+        return listed + skipped
 
     @property
     def weights(self) -> int:
@@ -141,10 +162,22 @@ class Plan:
         """The written weights' files, headers included, in bits, over all weights of the model."""
         return 8 * self.files[format_] / self.weights
 
+    @cached_property
+    def _by_layer(self) -> Mapping[int | None, Mapping[str, Linear]]:
+        found: dict[int | None, dict[str, Linear]] = {}
+        for linear in self.linears:
+            found.setdefault(linear.layer, {})[linear.name] = linear
+        return found
+
     def of_layer(self, layer: int | None, site: Site | None = None) -> list[Linear]:
         """Return the linears of a layer, or of one of its sites."""
-        names = None if site is None else {f"{self.spec.layers}.{layer}.{n}" for n in site.linears}
-        return [x for x in self.linears if x.layer == layer and (names is None or x.name in names)]
+        here = self._by_layer.get(layer, {})
+        return list(here.values()) if site is None else self.named(layer, site.linears)
+
+    def named(self, layer: int | None, names: Iterable[str]) -> list[Linear]:
+        """Return those of a layer's modules that are linears of the plan."""
+        here = self._by_layer.get(layer, {})
+        return [here[name] for name in (f"{self.spec.layers}.{layer}.{n}" for n in names) if name in here]
 
 
 def make(
@@ -190,7 +223,7 @@ def make(
     linears = [
         _linear(f"{spec.layers}.{i}.{local}", i, recipe, spec, infos, exporters, wanted)
         for i in range(layers)
-        for site in spec.sites
+        for site in spec.sites_of(i)
         for local in site.linears
     ]
     if head in infos:
@@ -199,12 +232,18 @@ def make(
         linears.append(_linear(spec.embed, None, recipe, spec, infos, exporters, wanted))
     for exporter in exporters.values():
         if hasattr(exporter, "check_together"):
-            exporter.check_together({x.name: x.grid for x in linears if x.grid})
+            exporter.check_together({x.name: x.grid for x in linears})
     planned = {x.weight_name for x in linears}
     kept = {name: info for name, info in infos.items() if name not in planned}
     needs = _needs(recipe, linears)
     quantized = {x.name for x in linears if x.grid}
-    floats = sorted(({x.name for x in linears} | set(matrices) | {spec.head}) - quantized)
+    routers = [
+        f"{spec.layers}.{i}.{name}"
+        for i in range(layers)
+        for name in (spec.experts.routers if spec.experts else ())
+        if any(site.expert for site in spec.sites_of(i))
+    ]
+    floats = sorted(({x.name for x in linears} | {*matrices, *routers, spec.head}) - quantized)
     unfoldable = _unfoldable(spec, layers, quantized, foldable) if recipe.folds else ()
     stored = {name: type_ for name, (type_, _) in types.items()}
     plan = Plan(recipe, spec, layers, tuple(linears), kept, untie, tuple(floats), stored, needs, unfoldable=unfoldable)
@@ -327,16 +366,20 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
 
 
 def _unfoldable(spec: ModelSpec, layers: int, quantized: Collection[str], foldable: Collection[str]) -> tuple[str, ...]:
-    """Return the sites that transforms leave as they are; raise RecipeError when these are all."""
-    used = [
-        site.name
-        for site in spec.sites
-        if any(f"{spec.layers}.{i}.{n}" in quantized for i in range(layers) for n in site.linears)
-    ]
-    unfoldable = tuple(name for name in used if name not in foldable)
-    if len(unfoldable) == len(used):
+    """Return the sites that transforms leave as they are; raise RecipeError when these are all.
+
+    The linears that experts begin with are scaled with the site that feeds them all.
+    """
+    found = {
+        site.name: None
+        for i in range(layers)
+        for site in spec.sites_of(i)
+        if (site.fold or not site.expert) and any(f"{spec.layers}.{i}.{n}" in quantized for n in site.readers)
+    }
+    unfoldable = tuple(name for name in found if name not in foldable)
+    if len(unfoldable) == len(found):
         raise RecipeError(
-            f"transforms: nothing in this model's layers can absorb scales of {', '.join(used) or 'any site'}. "
+            f"transforms: nothing in this model's layers can absorb scales of {', '.join(found) or 'any site'}. "
             "Leave out `transforms`"
         )
     return unfoldable

@@ -77,11 +77,10 @@ class Rotated(Checkpoint):
             self._turn_residual(stream, untie)
 
     def _turn_heads(self, stream: Stream) -> None:
-        sites = [s for s in stream.spec.sites if s.fold and s.fold.head_dim]
-        if not sites:
+        if not any(s.fold and s.fold.head_dim for s in stream.spec.every_site):
             raise RecipeError("rotations: this model has no values of attention that could be rotated")
         for index, layer in enumerate(stream.decoder_layers):
-            for site in sites:
+            for site in (s for s in stream.spec.sites_of(index) if s.fold and s.fold.head_dim):
                 assert site.fold is not None
                 size = attrgetter(site.fold.head_dim)(layer)
                 rows = calibrate.producer_rows(layer, site)
@@ -102,12 +101,14 @@ class Rotated(Checkpoint):
         norms = {f"{spec.head}": final[0].removesuffix(".weight")} if len(final) == 1 else {}
         writers = [spec.embed]
         for index in range(stream.layers):
-            for site in spec.sites:
-                names = [f"{spec.layers}.{index}.{name}" for name in site.linears]
+            behind: set[str] = set()
+            for site in spec.sites_of(index):
                 if site.fold is not None and site.fold.kind == "norm":
-                    norms |= dict.fromkeys(names, f"{spec.layers}.{index}.{site.fold.module}")
-                else:
-                    writers += names
+                    readers = [f"{spec.layers}.{index}.{name}" for name in site.readers]
+                    norms |= dict.fromkeys(readers, f"{spec.layers}.{index}.{site.fold.module}")
+                    behind |= {*readers}
+            names = [f"{spec.layers}.{index}.{name}" for site in spec.sites_of(index) for name in site.linears]
+            writers += [name for name in names if name not in behind]
         known = {*norms, *norms.values(), *writers}
         for name, info in self.infos.items():
             module = name.rpartition(".")[0]

@@ -21,6 +21,7 @@ import llmquant
 from llmquant import (
     calibrate,
     data,
+    experts,
     export,
     footprint,
     gradients,
@@ -221,7 +222,7 @@ def quantize(
         recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
         calibration={} if text is None else text.as_dict(),
         linears={},
-        notes=plan.notes,
+        notes=list(plan.notes),
         bits_per_weight=round(plan.bits_per_weight, 4),
         resumed_layers=resumed,
         versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -233,6 +234,7 @@ def quantize(
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
     report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
+    report.notes += experts.notes(report.linears)
     if work_folder is None:
         source.remove()
     else:
@@ -266,9 +268,10 @@ def square_means(
                     sums[site.name] = Accumulator(x.shape[1], "diagonal", x.device)
                 sums[site.name].add(x)
 
-            with calibrate.watch(layer, stream.spec.sites, see):
+            sites = [site for site in stream.spec.sites_of(index) if site.linears]
+            with calibrate.watch(layer, sites, see):
                 stream.run(layer, index, activations)
-        for site in stream.spec.sites:
+        for site in sites:
             stats = sums[site.name].result()
             for local in site.linears:
                 found[f"{stream.spec.layers}.{index}.{local}.weight"] = stats

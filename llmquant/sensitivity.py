@@ -31,11 +31,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llmquant import calibrate, data, layers, plugins, run, sites
+from llmquant import calibrate, data, experts, layers, plugins, run, sites
 from llmquant.checkpoint import read_json, write_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
+from llmquant.models import moe
 from llmquant.models.spec import Site
 from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress, silent
@@ -200,15 +201,19 @@ def uniform(recipe: Recipe, units: Sequence[Unit], label: str) -> Recipe:
 
 
 def units_of(plan: Plan, by: By) -> list[Unit]:
-    """Return what the plan quantizes in units, in computing order, then what is outside the layers."""
+    """Return what the plan quantizes in units, in computing order, then what is outside the layers.
+
+    All experts of a layer go together: a runtime keeps them in one tensor.
+    """
     found: list[Unit] = []
     for index in range(plan.layers):
         layer = f"{plan.spec.layers}.{index}"
         groups: dict[str, list[Linear]] = {}
-        for site in plan.spec.sites:
+        for site in plan.spec.sites_of(index):
             for linear in plan.of_layer(index, site):
                 if linear.grid is not None:
                     key = {"linear": linear.name, "site": f"{layer}.{site.name}", "layer": layer}[by]
+                    key = key.replace(site.expert, moe.any_expert(site)) if site.expert else key
                     groups.setdefault(key, []).append(linear)
         found += [_unit(name, index, linears) for name, linears in groups.items()]
     return found + [_unit(x.name, None, [x]) for x in plan.of_layer(None) if x.grid]
@@ -317,11 +322,11 @@ class _Task:
 
     def measure_layer(self, layer: nn.Module, index: int) -> None:
         """Measure a layer's units, and let the activations go on to the next."""
-        stats: dict[str, Stats] = {}
+        stats: _Collected | None = None
         if self._sample is not None:
             if self._plan.recipe.folds and any(unit.layer == index for unit, _ in self._todo):
                 layers.transform_layer(self._plan, self._stream, layer, index, self._sample, {})
-            stats = _collect(self._stream, layer, index, self._sample, self._plan)
+            stats = _Collected(self._stream, layer, index, self._sample, self._plan)
         for label, plan in self._plans.items():
             here = [unit for unit, wanted in self._todo if unit.layer == index and wanted == label]
             whole = [n for u in here if (u.name, label) in self._ends for n in u.linears]
@@ -568,18 +573,33 @@ def _place(unit: Unit, stream: Stream) -> int:
     return stream.layers if unit.layer is None else unit.layer
 
 
-def _collect(stream: Stream, layer: nn.Module, index: int, sample: Activations, plan: Plan) -> dict[str, Stats]:
-    """Return the statistics of every site, and leave the float layer's outputs in ``sample``."""
-    sums: dict[str, Accumulator] = {}
+class _Collected:
+    """The statistics of every site of a float layer; those of experts are taken when they are asked for."""
 
-    def see(site: Site, x: Tensor) -> None:
-        if site.name not in sums:
-            sums[site.name] = Accumulator(x.shape[1], plan.needs, x.device)
-        sums[site.name].add(x)
+    def __init__(self, stream: Stream, layer: nn.Module, index: int, sample: Activations, plan: Plan) -> None:
+        """Leave the layer's outputs in ``sample``."""
+        begin = calibrate.experts_of(plan.spec, index)
+        common = [site for site in plan.spec.sites_of(index) if site.linears and not site.expert]
+        sums: dict[str, Accumulator] = {}
+        routed = experts.Routed()
 
-    with calibrate.watch(layer, plan.spec.sites, see):
-        stream.run(layer, index, sample)
-    return {name: accumulator.result() for name, accumulator in sums.items()}
+        def see(site: Site, x: Tensor, *chosen: Tensor) -> None:
+            if site == begin:
+                routed.add(x, chosen[0])
+                return
+            if site.name not in sums:
+                sums[site.name] = Accumulator(x.shape[1], plan.needs, x.device)
+            sums[site.name].add(x)
+
+        with calibrate.watch(layer, [*common, *([begin] if begin else [])], see):
+            stream.run(layer, index, sample)
+        self._known = {name: accumulator.result() for name, accumulator in sums.items()}
+        self._reader = experts.Reader(
+            layer, routed, lambda site: sites.accumulator(plan, stream, plan.of_layer(index, site), drift=False)
+        )
+
+    def of(self, site: Site) -> Stats:
+        return self._reader.stats(site)[0] if site.expert else self._known[site.name]
 
 
 def _quantized(
@@ -587,7 +607,7 @@ def _quantized(
     layer: nn.Module,
     index: int,
     names: Sequence[str],
-    stats: Mapping[str, Stats],
+    stats: _Collected | None,
     importance: Mapping[str, Tensor],
     rows: int = sys.maxsize,
 ) -> tuple[dict[str, Float[Tensor, "_rows _cols"]], dict[str, float]]:
@@ -598,21 +618,22 @@ def _quantized(
     found: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     scores = calibrate.score_linears(plan.spec)
-    for site in plan.spec.sites:
+    for site in plan.spec.sites_of(index):
         linears = [x for x in plan.of_layer(index, site) if x.name in names]
+        if not linears:
+            continue
         weights = [calibrate.weight_of(layer.get_submodule(sites.local_name(plan, x))) for x in linears]
-        together = [(linears, weights, stats.get(site.name))]
+        together = [(linears, weights, None if stats is None else stats.of(site))]
         if importance:  # of each linear's own
             together = [([x], [w], _importance(importance, x)) for x, w in zip(linears, weights, strict=True)]
         for these, theirs, known in together:
-            if these:
-                some = [_some_rows(x, w, rows) for x, w in zip(these, theirs, strict=True)]
-                these, theirs = [x for x, _ in some], [w for _, w in some]
-                known = known or Stats.none(these[0].cols, theirs[0].device)
-                uncut = [x.name for x in these if sites.local_name(plan, x) in scores]
-                done, records, _ = sites.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
-                found |= {name: dequantize(q) for name, q in done.items()}
-                errors |= {name: record["error"] for name, record in records.items()}
+            some = [_some_rows(x, w, rows) for x, w in zip(these, theirs, strict=True)]
+            these, theirs = [x for x, _ in some], [w for _, w in some]
+            known = known or Stats.none(these[0].cols, theirs[0].device)
+            uncut = [x.name for x in these if sites.local_name(plan, x) in scores]
+            done, records, _ = sites.quantize_together(these, theirs, known, plan.recipe.rewrites, uncut)
+            found |= {name: dequantize(q) for name, q in done.items()}
+            errors |= {name: record["error"] for name, record in records.items()}
     return found, errors
 
 

@@ -17,9 +17,11 @@ from llmquant import activations as activation_ranges
 from llmquant import calibrate, mismatch, noise, plugins
 from llmquant.activations import Inputs
 from llmquant.errors import CalibrationError, LlmquantError
+from llmquant.experts import Reader, Routed
 from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
 from llmquant.metrics import output_error
-from llmquant.models.spec import Site
+from llmquant.models import moe
+from llmquant.models.spec import ModelSpec, Site
 from llmquant.plan import Linear, Plan
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
@@ -52,9 +54,9 @@ class Goal:
     activations: Activations
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def scaled(self, site: Site, x: Tensor) -> Tensor:
-        """Return what the site would read if the float model had been transformed."""
-        return x / self.scales[site.name] if site.name in self.scales else x
+    def scaled(self, site: str, x: Tensor) -> Tensor:
+        """Return what a site would read if the float model had been transformed."""
+        return x / self.scales[site] if site in self.scales else x
 
 
 @dataclass
@@ -78,8 +80,15 @@ class Layer:
 
     @property
     def sites(self) -> list[Site]:
-        """Those with something to quantize, in the order of computation."""
-        return [s for s in self.plan.spec.sites if any(x.grid for x in self.plan.of_layer(self.index, s))]
+        """Those with something to quantize, in the order of computation; one that stands for those of all experts."""
+        found = self._with_grids
+        begin = calibrate.experts_of(self.plan.spec, self.index) if any(site.expert for site in found) else None
+        return [site for site in found if not site.expert] + ([] if begin is None else [begin])
+
+    @property
+    def _with_grids(self) -> list[Site]:
+        sites = self.plan.spec.sites_of(self.index)
+        return [site for site in sites if any(x.grid for x in self.plan.of_layer(self.index, site))]
 
     def quantize(self, go_on: bool) -> Quantized:
         """Quantize the linears, and correct their biases if the recipe says so.
@@ -90,6 +99,8 @@ class Layer:
         ``true_sequential`` also the quantized sites before it in the layer. Then, if the plan says so, the
         layer is computed once for all: every batch waits at a site until it is quantized. Otherwise one pass for each
         site sees the same activations. The float layer keeps step.
+
+        Where experts begin, all tokens wait, and the statistics of one expert after the other are taken of them.
         """
         if self.plan.recipe.true_sequential and self.plan.placement == "waiting":
             self._quantize_in_one_pass(go_on)
@@ -98,7 +109,7 @@ class Layer:
         if go_on:
             if self.goal is not None:
                 self.stream.run(self.goal.layer, self.index, self.goal.activations)
-            with calibrate.rounded(self.module, self.sites, self.rounding):
+            with calibrate.rounded(self.module, self._with_grids, self.rounding):
                 self.stream.run(self.module, self.index, self.activations)
         return self.done
 
@@ -106,20 +117,17 @@ class Layer:
         with self._chains() as begun:
             running = [begun(batch) for batch in range(len(self.activations))]
             for _ in self.sites:
-                site, seen = self._next(running[0])
-                assert site is not None
-                sums = self._accumulator(site)
+                site, *seen = self._next(running[0])
+                sums = self._sums(site)
                 sums.add(*seen)
                 for of_batch in running[1:]:
-                    sums.add(*self._next(of_batch)[1])
-                stats = sums.result()
-                del sums
-                self._quantize_site(site, stats)
+                    sums.add(*self._next(of_batch)[1:])
+                self._quantize({site: sums})
             if not go_on:
                 for chain in itertools.chain(*running):
                     chain.close()
                 return
-            ends = [self._next(of_batch)[1] for of_batch in running]
+            ends = [self._next(of_batch)[1:] for of_batch in running]
         for batch, outputs in enumerate(ends):
             self.activations[batch] = outputs[0]
             if self.goal is not None and len(outputs) > 1:
@@ -129,17 +137,16 @@ class Layer:
         sites = self.sites
         with self._chains() as begun:
             for together in [[s] for s in sites] if self.plan.recipe.true_sequential or not sites else [sites]:
-                wanted = {site.name: self._accumulator(site) for site in together}
+                wanted = {site.name: self._sums(site) for site in together}
                 for batch in range(len(self.activations)):
                     chains = begun(batch)
                     for _ in sites[: sites.index(together[-1]) + 1]:
-                        site, seen = self._next(chains)
+                        site, *seen = self._next(chains)
                         if site is not None and site.name in wanted:
                             wanted[site.name].add(*seen)
                     for chain in chains:
                         chain.close()
-                for site in together:
-                    self._quantize_site(site, wanted.pop(site.name).result())
+                self._quantize({site: wanted.pop(site.name) for site in together})
 
     @contextmanager
     def _chains(self) -> Iterator[Callable[[int], list[calibrate.Steps]]]:
@@ -157,32 +164,69 @@ class Layer:
 
             yield begun
 
-    def _next(self, chains: Sequence[calibrate.Steps]) -> tuple[Site | None, list[Tensor]]:
-        """Return the site that is reached next, if any, and what each chain reads there."""
+    def _next(self, chains: Sequence[calibrate.Steps]) -> tuple[Any, ...]:
+        """Return the site that is reached next, if any, and what to add to its sums; at the end, what each chain gives.
+
+        These are what the quantized and the float layer read there, with the experts that were chosen in between.
+        """
         stops = [next(chain) for chain in chains]
-        site, seen = stops[0][0], [x for _, x in stops]
-        if site is not None and self.goal is not None and len(seen) > 1:
-            seen[1] = self.goal.scaled(site, seen[1])
-        return site, seen
+        site, x, *chosen = stops[0]
+        aimed = [stop[1] for stop in stops[1:]]
+        if site is not None and self.goal is not None:
+            aimed = [self.goal.scaled(site.name, y) for y in aimed]
+        return site, x, *chosen[:1], *aimed
+
+    def _sums(self, site: Site) -> Accumulator | Routed:
+        return self._accumulator(site) if site.linears else Routed()
 
     def _accumulator(self, site: Site) -> Accumulator:
         return accumulator(self.plan, self.stream, self.plan.of_layer(self.index, site), self.goal is not None)
 
-    def _quantize_site(self, site: Site, stats: Stats) -> None:
+    def _quantize(self, wanted: dict[Site, Accumulator | Routed]) -> None:
+        """Quantize sites by their sums, which are dropped one by one."""
+        for site in list(wanted):
+            sums = wanted.pop(site)
+            if isinstance(sums, Routed):
+                self._quantize_experts(sums)
+            else:
+                stats = sums.result()
+                del sums
+                self._quantize_site(site, stats)
+
+    def _quantize_experts(self, routed: Routed) -> None:
+        reader = Reader(self.module, routed, self._accumulator, None if self.goal is None else self._aimed_before)
+        of_experts = itertools.groupby((s for s in self._with_grids if s.expert), key=lambda site: site.expert)
+        for _, sites in of_experts:
+            known = ((site, *reader.stats(site)) for site in sites)
+            # in sequence, the inputs of an expert's last linear are those that its quantized first ones give
+            for site, stats, told in known if self.plan.recipe.true_sequential else list(known):
+                self._quantize_site(site, stats, told)
+
+    def _aimed_before(self, site: Site) -> Callable[[Tensor], Tensor]:
+        """Return what becomes of the float model's tokens on their way to a site of an expert."""
+        goal, spec = self.goal, self.plan.spec
+        assert goal is not None
+        assert spec.experts is not None
+        name = site.name if moe.reads_inner(site) else spec.experts.site
+        change = moe.before(goal.layer, site)
+        return lambda x: goal.scaled(name, change(x))
+
+    def _quantize_site(self, site: Site, stats: Stats, known: Mapping[str, Any] | None = None) -> None:
+        """known: what a report tells of the statistics in the place of their tokens."""
         plan, scores = self.plan, calibrate.score_linears(self.plan.spec)
         linears = [x for x in plan.of_layer(self.index, site) if x.grid]
         weights = [calibrate.weight_of(self.module.get_submodule(local_name(plan, x))) for x in linears]
         uncut = [x.name for x in linears if local_name(plan, x) in scores]
         if plan.recipe.bias_correction:
             aimed = [w.float() @ _aimed_mean(stats) for w in weights]
-        information = {x.name: self.outputs.get(local_name(plan, x)) for x in linears}
+        information = {x.name: self.outputs.get(information_of(plan.spec, site, local_name(plan, x))) for x in linears}
         quantized, told, targets = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut, information)
         for linear in linears:
             put(self.module, plan, linear, quantized[linear.name], self.rounding)
         if plan.recipe.bias_correction:
             self.done.biases |= _corrected_biases(plan, self.stream, self.module, linears, aimed, stats)
         self.done.linears |= quantized
-        self.done.records |= told
+        self.done.records |= {name: record | (known or {}) for name, record in told.items()}
         self.done.targets |= targets
 
 
@@ -212,6 +256,14 @@ def _corrected_biases(
             bias.copy_(stored)
             found[name] = stored
     return found
+
+
+def information_of(spec: ModelSpec, site: Site, linear: str) -> str:
+    """Return the module whose outputs' Fisher information serves a linear of a site.
+
+    What experts give is added up, so that the sum tells it for each of them.
+    """
+    return spec.experts.module if spec.experts and moe.reads_inner(site) else linear
 
 
 def accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:

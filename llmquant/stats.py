@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -36,6 +36,20 @@ class Drift:
     shares: tuple[float, float]
     mean: Float[Tensor, " cols"]
 
+    def mixed(self, prior: Drift, share: float) -> Drift:
+        """Return means of which a share is another's."""
+        shares = [(1 - share) * a + share * b for a, b in zip(self.shares, prior.shares, strict=True)]
+        weights = [share * b / max(total, 1e-30) for b, total in zip(prior.shares, shares, strict=True)]
+        of_halves = (0, 1)
+        crosses = [torch.lerp(self.crosses[i], prior.crosses[i], weights[i]) for i in of_halves]
+        hessians = [torch.lerp(self.hessians[i], prior.hessians[i], weights[i]) for i in of_halves]
+        return Drift(
+            (crosses[0], crosses[1]),
+            (hessians[0], hessians[1]),
+            (shares[0], shares[1]),
+            torch.lerp(self.mean, prior.mean, share),
+        )
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -45,7 +59,7 @@ class Stats:
     square_mean: x², the diagonal of the Hessian (llama.cpp's imatrix).
     abs_mean: |x|.
     mean: x; None where no activations were seen.
-    tokens: how many tokens were seen.
+    tokens: how many tokens were seen; of mixed statistics, how many would tell as much.
     abs_max: the largest |x|; None where no activations were seen.
     sample: values drawn at random from all of x, then the smallest and the largest of all; None where not asked for.
     drift: None where not asked for.
@@ -72,6 +86,40 @@ class Stats:
             self.tokens,
             None if self.abs_max is None else self.abs_max / scales,
             mean=None if self.mean is None else self.mean / scales,
+        )
+
+    def mixed(self, prior: Stats, share: float) -> Stats:
+        """Return means of which a share is another's; extremes and the sample are both's where that is half or more.
+
+        The variance of such a mean tells how many tokens it is worth.
+        """
+        if share >= 1:
+            return prior
+        own, other = (1 - share) ** 2 / max(self.tokens, 1), share**2 / max(prior.tokens, 1)
+
+        def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.lerp(a, b, share)
+
+        hessian, square_mean = mean(self.hessian, prior.hessian), mean(self.square_mean, prior.square_mean)
+        abs_mean = mean(self.abs_mean, prior.abs_mean)
+        assert square_mean is not None
+        assert abs_mean is not None
+        both = share >= 0.5
+        abs_max, sample = self.abs_max, self.sample
+        if both and abs_max is not None and prior.abs_max is not None:
+            abs_max = torch.maximum(abs_max, prior.abs_max)
+        if both and sample is not None and prior.sample is not None:
+            sample = torch.cat([sample, prior.sample])
+        return replace(
+            self,
+            hessian=hessian,
+            square_mean=square_mean,
+            abs_mean=abs_mean,
+            mean=mean(self.mean, prior.mean),
+            tokens=round(1 / (own + other)),
+            abs_max=abs_max,
+            sample=sample,
+            drift=None if self.drift is None or prior.drift is None else self.drift.mixed(prior.drift, share),
         )
 
     @staticmethod
@@ -113,6 +161,8 @@ class Accumulator:
 
     def add(self, x: Float[Tensor, "tokens cols"], aimed: Float[Tensor, "tokens cols"] | None = None) -> None:
         """aimed: what the float model reads in the place of x; None where it does not compute these tokens."""
+        if not len(x):
+            return
         x = x.float()
         self._tokens += x.shape[0]
         if self._sample is not None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmquant import calibrate, memory
 from llmquant.checkpoint import Checkpoint, check_finite
 from llmquant.errors import CheckpointError, OutputError
-from llmquant.models import spec_for
+from llmquant.models import moe, spec_for
 from llmquant.models.spec import ModelSpec
 from llmquant.runtime.linear import QuantizedLinear
 
@@ -61,7 +61,7 @@ class Stream:
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
-        self.spec: ModelSpec = spec_for(checkpoint.config)
+        self._family = spec_for(checkpoint.config)
         self.device = device
         self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
@@ -72,13 +72,19 @@ class Stream:
             self.load()
 
     @cached_property
-    def _built(self) -> tuple[Any, int]:
+    def _built(self) -> tuple[Any, ModelSpec, int]:
         """The model, built when it is first asked for: what only moves tensors does without."""
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust_remote_code)
         model.eval().requires_grad_(False)
-        again = f"{self.spec.head}.weight" if self.tied else None
-        return model, sum(p.numel() for n, p in model.named_parameters() if n != again)
+        again = f"{self._family.head}.weight" if self.tied else None
+        weights = sum(p.numel() for n, p in model.named_parameters() if n != again)
+        return model, moe.unfused(model, self._family), weights
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model looks like; with experts, the model itself tells which layers have how many."""
+        return self._family if self._family.experts is None else self._built[1]
 
     @property
     def model(self) -> Any:
@@ -88,7 +94,7 @@ class Stream:
     @property
     def weights(self) -> int:
         """Number of weights in the whole model; a tied matrix counts once."""
-        return self._built[1]
+        return self._built[2]
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -147,8 +153,11 @@ class Stream:
     @property
     def foldable(self) -> frozenset[str]:
         """The sites whose scales another module of every layer can absorb."""
-        sites = (s for s in self.spec.sites if all(calibrate.foldable(layer, s) for layer in self.decoder_layers))
-        return frozenset(site.name for site in sites)
+        found = {site.name: True for site in self.spec.every_site}
+        for index, layer in enumerate(self.decoder_layers):
+            for site in self.spec.sites_of(index):
+                found[site.name] &= calibrate.foldable(layer, site)
+        return frozenset(name for name, absorbs in found.items() if absorbs)
 
     @property
     def layers(self) -> int:

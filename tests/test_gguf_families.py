@@ -7,6 +7,7 @@ import transformers as hf
 from llmquant.cpp_runtime import CppModel
 from llmquant.errors import FormatError
 from llmquant.exporters.gguf import families, writer
+from llmquant.models import moe, spec_for
 
 VOCABULARY, TIME = 256, 40
 BASE = {
@@ -35,6 +36,7 @@ YARN = ROPE | {"rope_type": "yarn", "factor": 2.0, "original_max_position_embedd
 GEMMA = SHARED | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 GEMMA_7 = GEMMA | {"num_hidden_layers": 7}
 PART = {"rope_type": "default", "partial_rotary_factor": 0.5}
+EXPERTS = SHARED | {"num_experts_per_tok": 2}
 CLASSIC = {"vocab_size": VOCABULARY, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 FALCON = {k: v for k, v in BASE.items() if k != "max_position_embeddings"} | {"alibi": False, "bias": False}
 CONFIGS = {
@@ -113,6 +115,18 @@ CONFIGS = {
     ),
     "falcon 40b": lambda: hf.FalconConfig(**FALCON, num_kv_heads=2, new_decoder_architecture=True),
     "bloom": lambda: hf.BloomConfig(**CLASSIC, hidden_size=64),
+    "mixtral": lambda: hf.MixtralConfig(**EXPERTS, num_local_experts=4),
+    "mixtral, tied": lambda: hf.MixtralConfig(**EXPERTS, num_local_experts=8, tie_word_embeddings=True),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+        **EXPERTS, num_experts=6, moe_intermediate_size=32, shared_expert_intermediate_size=80
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(
+        **EXPERTS, num_experts=5, moe_intermediate_size=32, head_dim=32, norm_topk_prob=True
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**EXPERTS | {"num_key_value_heads": 4}, num_experts=4, pad_token_id=0),
+    "qwen3-moe, tied": lambda: hf.Qwen3MoeConfig(
+        **EXPERTS, num_experts=5, moe_intermediate_size=32, head_dim=32, norm_topk_prob=True, tie_word_embeddings=True
+    ),
 }
 
 
@@ -131,6 +145,7 @@ def build(config):
 
 def write(model, folder):
     """Write a model as a float32 GGUF file, with tokens that are only numbers."""
+    moe.unfused(model, spec_for({"architectures": [type(model).__name__]}))
     conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     tensors = {
         name: p.detach().T if name.removesuffix(".weight") in conv1d and p.ndim == 2 else p.detach()
@@ -139,7 +154,7 @@ def write(model, folder):
     layout = families.layout(model.config, {name: tuple(t.shape) for name, t in tensors.items()})
     values = {}
     for entry in layout.entries:
-        value = tensors[entry.source]
+        value = torch.stack([tensors[name] for name in entry.stack]) if entry.stack else tensors[entry.source]
         value = value if entry.rows is None else value[entry.rows]
         values[entry.name] = value + 1 if entry.plus_one else value
     values |= layout.extra
@@ -203,6 +218,16 @@ def test_attention_of_the_largest_gemmas_is_scaled_in_their_way(config, layers, 
         (hf.GPTNeoXConfig(**BASE, tie_word_embeddings=True), "tie_word_embeddings False only"),
         (hf.GPTNeoXConfig(**BASE, attention_bias=False), "attention_bias True only"),
         (hf.FalconConfig(**FALCON | {"bias": True}), "bias False only"),
+        (hf.Qwen2MoeConfig(**EXPERTS, mlp_only_layers=[1]), r"mlp_only_layers \[\] only, and this one has \[1\]"),
+        (hf.Qwen2MoeConfig(**EXPERTS, norm_topk_prob=True), "norm_topk_prob False only"),
+        (hf.Qwen2MoeConfig(**EXPERTS, tie_word_embeddings=True), "tie_word_embeddings False only"),
+        (hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=False), "norm_topk_prob True only"),
+        (hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2), "decoder_sparse_step 1 only"),
+        (
+            hf.OlmoeConfig(**EXPERTS),
+            "keys and values for each of an OLMoE model's 4 heads, not 2",
+        ),
+        (hf.OlmoeConfig(**EXPERTS, clip_qkv=8.0), "clip_qkv None only"),
         (hf.BloomConfig(**CLASSIC, apply_residual_connection_post_layernorm=True), "post_layernorm False only"),
     ],
 )
@@ -214,6 +239,17 @@ def test_what_llama_cpp_does_not_compute_is_refused(config, message):
 def test_a_tensor_without_a_place_is_named():
     with pytest.raises(FormatError, match=r"no place for 1 tensors: model\.layers\.0\.strange\.weight"):
         families.layout(hf.LlamaConfig(**SHARED), {"model.layers.0.strange.weight": (4, 4)})
+
+
+def test_a_matrix_of_all_experts_is_one_tensor():
+    of_experts = {f"model.layers.1.mlp.experts.{i}.up_proj.weight": (24, 64) for i in (2, 0, 1)}
+    (entry,) = families.layout(hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True), of_experts).entries
+    assert entry.name == "blk.1.ffn_up_exps.weight"
+    assert entry.shape(of_experts) == (3, 24, 64)
+    assert entry.sources == tuple(sorted(of_experts))
+    of_experts.pop(entry.sources[1])
+    with pytest.raises(FormatError, match=r"no place for 1 tensors: model\.layers\.1\.mlp\.experts\.0\.up_proj"):
+        families.layout(hf.Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True), of_experts)
 
 
 @pytest.mark.parametrize(

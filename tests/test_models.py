@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmquant import plugins
 from llmquant.calibrate import (
+    experts_of,
     finish,
     fold_scales,
     foldable,
@@ -23,7 +24,7 @@ from llmquant.calibrate import (
     weight_of,
 )
 from llmquant.errors import UnsupportedModel
-from llmquant.models import spec_for
+from llmquant.models import moe, spec_for
 
 VOCAB, TIME = 61, 12
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -34,9 +35,13 @@ OPT = dict(**SIZES, ffn_dim=48, max_position_embeddings=64)
 NEOX = dict(**SIZES, intermediate_size=48, max_position_embeddings=64)
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
 
+MOE = LLAMA | {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+QWEN_MOE = MOE | {"num_experts": 4, "moe_intermediate_size": 24}
+
 ALL = {"attn_in", "attn_out", "mlp_in", "mlp_out"}
 GELU = ALL - {"mlp_out"}  # no scale passes the activation
 ONE_NORM = {"attn_mlp_in", "attn_out"}
+EXPERTS = {"attn_in", "attn_out", "moe_in", *(f"mlp.experts.{i}.out" for i in range(4))}
 
 # id: (config, the sites that can be folded)
 TINY = {
@@ -78,7 +83,23 @@ TINY = {
     ),
     "bloom": (hf.BloomConfig(**SIZES), GELU),
     "bloom-residual-after": (hf.BloomConfig(**SIZES, apply_residual_connection_post_layernorm=True), {"attn_out"}),
+    "mixtral": (hf.MixtralConfig(**MOE, num_local_experts=4), EXPERTS),
+    "qwen2-moe": (
+        hf.Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=40, norm_topk_prob=True),
+        EXPERTS | {"shared_out"},
+    ),
+    "qwen2-moe-mixed": (
+        hf.Qwen2MoeConfig(
+            **QWEN_MOE | {"num_experts_per_tok": 3}, shared_expert_intermediate_size=40, mlp_only_layers=[0]
+        ),
+        EXPERTS | ALL | {"shared_out"},
+    ),
+    "qwen3-moe": (hf.Qwen3MoeConfig(**QWEN_MOE, head_dim=12), EXPERTS),
+    "qwen3-moe-mixed": (hf.Qwen3MoeConfig(**QWEN_MOE, decoder_sparse_step=2), EXPERTS | ALL),
+    "olmoe": (hf.OlmoeConfig(**MOE, num_experts=4), EXPERTS),
+    "olmoe-clipped": (hf.OlmoeConfig(**MOE, num_experts=4, clip_qkv=0.5), EXPERTS - {"attn_out"}),
 }
+WITH_EXPERTS = [key for key in TINY if "moe" in key or key == "mixtral"]
 
 
 def config_json(key):
@@ -87,13 +108,21 @@ def config_json(key):
     return {**config.to_dict(), "architectures": [hf.AutoModelForCausalLM._model_mapping[type(config)].__name__]}
 
 
-@cache
-def build(key):
-    model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(TINY[key][0]), dtype=torch.float64).eval()
+def fused(key):
+    """Return a model as transformers builds it, with random float64 parameters."""
+    config = copy.deepcopy(TINY[key][0])
+    config._experts_implementation = "eager"  # the others have no float64
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     g = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data.normal_(std=0.3, generator=g)
-    return model, spec_for(config_json(key))
+    return model
+
+
+@cache
+def build(key):
+    model = fused(key)
+    return model, moe.unfused(model, spec_for(config_json(key)))
 
 
 @pytest.fixture(params=TINY, ids=str)
@@ -109,6 +138,11 @@ def tokens(seed):
 
 def layers_of(model, spec):
     return list(model.get_submodule(spec.layers))
+
+
+def sites_of(model, spec):
+    """Every layer with each of its sites."""
+    return [(layer, site) for i, layer in enumerate(layers_of(model, spec)) for site in spec.sites_of(i)]
 
 
 def linears_of(layer):
@@ -164,8 +198,11 @@ def test_paths_lead_to_the_embedding_and_the_head(tiny):
 
 def test_every_linear_of_a_layer_is_in_exactly_one_site(tiny):
     model, spec, _ = tiny
-    for layer in layers_of(model, spec):
-        assert sorted(name for site in spec.sites for name in site.linears) == sorted(linears_of(layer))
+    routers = spec.experts.routers if spec.experts else ()
+    for index, layer in enumerate(layers_of(model, spec)):
+        assert sorted(name for site in spec.sites_of(index) for name in site.linears) == sorted(
+            linears_of(layer).keys() - routers
+        )
 
 
 def test_weights_are_rows_by_cols(tiny):
@@ -181,44 +218,88 @@ def test_weights_are_rows_by_cols(tiny):
 def test_a_site_is_what_reads_the_same_activations(tiny):
     model, spec, _ = tiny
     x, calls = start(model, spec, tokens(0))
-    layer, call = layers_of(model, spec)[0], calls[0]
+    layer, call, sites = layers_of(model, spec)[1], calls[1], spec.sites_of(1)
     reads, seen = {}, []
     hooks = [
         linear.register_forward_pre_hook(lambda _, inputs, name=name: reads.update({name: inputs[0].flatten(0, -2)}))
         for name, linear in linears_of(layer).items()
     ]
-    with watch(layer, spec.sites, lambda site, x: seen.append((site, x))):
+    with watch(layer, sites, lambda site, x: seen.append((site, x))):
         run_layer(layer, x, call)
     for hook in hooks:
         hook.remove()
-    assert [site for site, _ in seen] == list(spec.sites)  # once each, in computing order
+    assert [site for site, _ in seen] == list(sites)  # once each, in computing order
     for site, activations in seen:
-        assert activations.shape[0] == 2 * TIME
+        assert site.expert or activations.shape[0] == 2 * TIME
         assert all(torch.equal(reads[name], activations) for name in site.linears)
-    for (_, a), (_, b) in itertools.combinations(seen, 2):
+    for a, b in itertools.combinations([x for site, x in seen if not site.expert], 2):
         assert not torch.equal(a, b)
 
 
 @torch.no_grad()
 def test_a_layer_in_steps_stops_before_each_site_and_gives_its_output(tiny):
     model, spec, _ = tiny
-    layer = layers_of(model, spec)[0]
+    layer, sites = layers_of(model, spec)[1], spec.sites_of(1)
     inputs, calls = zip(*(start(model, spec, tokens(seed)) for seed in (0, 1)), strict=True)
     computed = []
     for name, linear in linears_of(layer).items():
         linear.register_forward_hook(lambda *_, name=name: computed.append(name))
-    with stepwise(layer, spec.sites) as begin:
-        running = [begin(x, call[0]) for x, call in zip(inputs, calls, strict=True)]
-        for site in spec.sites:
+    with stepwise(layer, sites) as begin:
+        running = [begin(x, call[1]) for x, call in zip(inputs, calls, strict=True)]
+        for site in sites:
             assert all(next(steps)[0] == site for steps in running)
             assert not set(computed) & set(site.linears)
         outputs = [next(steps) for steps in running]
-        abandoned = begin(inputs[0], calls[0][0])
+        abandoned = begin(inputs[0], calls[0][1])
         next(abandoned)
         abandoned.close()
     for x, call, (site, out) in zip(inputs, calls, outputs, strict=True):
         assert site is None
-        assert torch.equal(out, run_layer(layer, x, call[0]))
+        assert torch.equal(out, run_layer(layer, x, call[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", WITH_EXPERTS)
+def test_experts_of_their_own_compute_what_the_fused_ones_do(key):
+    wanted = fused(key)(tokens(0)).logits
+    torch.testing.assert_close(build(key)[0](tokens(0)).logits, wanted, rtol=1e-12, atol=1e-12)
+    build(key)[0].model.layers[1].mlp.experts[2].down_proj.weight.mul_(1.1)
+    try:
+        assert (build(key)[0](tokens(0)).logits - wanted).abs().max() > 1e-3
+    finally:
+        build(key)[0].model.layers[1].mlp.experts[2].down_proj.weight.div_(1.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", WITH_EXPERTS)
+def test_an_expert_reads_the_tokens_that_are_routed_to_it(key):
+    model, spec = build(key)
+    x, calls = start(model, spec, tokens(0))
+    seen = {}
+    stops = [experts_of(spec, 1), *spec.sites_of(1)]
+    with watch(layers_of(model, spec)[1], stops, lambda site, *inputs: seen.update({site.name: inputs})):
+        run_layer(layers_of(model, spec)[1], x, calls[1])
+    everything, chosen, _ = seen["mlp.experts"]
+    assert torch.equal(everything, seen["moe_in"][0])
+    for number in range(4):
+        mine = (chosen == number).any(1)
+        assert torch.equal(seen[f"mlp.experts.{number}.in"][0], everything[mine])
+        assert len(seen[f"mlp.experts.{number}.out"][0]) == int(mine.sum())
+
+
+def test_layers_without_experts_have_the_sites_of_an_mlp():
+    _, spec = build("qwen2-moe-mixed")
+    assert [site.name for site in spec.sites_of(0)] == ["attn_in", "attn_out", "mlp_in", "mlp_out"]
+    assert len(spec.sites_of(1)) == 4 + 2 * 4
+    assert experts_of(spec, 0) is None
+
+
+def test_experts_that_cannot_be_taken_apart_are_refused():
+    model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(TINY["mixtral"][0]))
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(4, 96))
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp\.experts: its parameters are .*bias"):
+        moe.unfused(model, spec_for(config_json("mixtral")))
 
 
 @torch.no_grad()
@@ -236,27 +317,27 @@ def test_nothing_is_seen_outside_watch():
 def test_folding_leaves_the_function_unchanged(tiny):
     model, spec, folded = tiny
     before = model(tokens(0)).logits
-    for layer in layers_of(model, spec):
-        assert {site.name for site in spec.sites if foldable(layer, site)} == folded
-        for site in spec.sites:
-            if site.name in folded:
-                fold_scales(layer, site, scales_for(layer, site))
-                # norms compute in float32
-                torch.testing.assert_close(model(tokens(0)).logits, before, rtol=1e-4, atol=1e-5, msg=site.name)
+    absorb = {site.name for layer, site in sites_of(model, spec) if foldable(layer, site)}
+    assert absorb == folded
+    for layer, site in sites_of(model, spec):
+        if site.name in folded:
+            fold_scales(layer, site, scales_for(layer, site))
+            # norms compute in float32
+            torch.testing.assert_close(model(tokens(0)).logits, before, rtol=1e-4, atol=1e-5, msg=site.name)
 
 
 @torch.no_grad()
 def test_folding_multiplies_the_columns_of_the_site(tiny):
     model, spec, folded = tiny
-    for site in spec.sites:
+    for site in spec.sites_of(1):
         if site.name in folded:
             fresh = copy.deepcopy(model)
             layer = layers_of(fresh, spec)[1]
             scales = scales_for(layer, site)
-            wanted = [weight_of(layer.get_submodule(name)) * scales for name in site.linears]
+            wanted = [weight_of(layer.get_submodule(name)) * scales for name in site.readers]
             before = fresh(tokens(0)).logits
             fold_scales(layer, site, scales)
-            for name, weight in zip(site.linears, wanted, strict=True):
+            for name, weight in zip(site.readers, wanted, strict=True):
                 assert torch.equal(weight_of(layer.get_submodule(name)), weight)
                 weight_of(layer.get_submodule(name)).div_(scales)
             # so the producer alone makes a difference, and the test above could have failed
@@ -265,8 +346,7 @@ def test_folding_multiplies_the_columns_of_the_site(tiny):
 
 def test_a_site_that_cannot_be_folded_refuses_scales(tiny):
     model, spec, folded = tiny
-    layer = layers_of(model, spec)[0]
-    for site in spec.sites:
+    for layer, site in sites_of(model, spec):
         if site.name not in folded:
             with pytest.raises(ValueError, match=f"site {site.name}: no module"):
                 fold_scales(layer, site, torch.ones(weight_of(layer.get_submodule(site.linears[0])).shape[1]))
@@ -292,8 +372,7 @@ def test_a_small_norm_weight_keeps_its_bits_where_1_plus_w_would_lose_them():
 
 def test_storable_scales_leave_norms_that_bfloat16_holds(tiny):
     model, spec, folded = tiny
-    layer = layers_of(model.bfloat16().float(), spec)[0]
-    for site in spec.sites:
+    for layer, site in sites_of(model.bfloat16().float(), spec):
         if site.name in folded:
             scales = scales_for(layer, site).float()
             storable = storable_scales(layer, site, scales, torch.bfloat16)
@@ -349,6 +428,7 @@ QUERIES_AND_KEYS = {
     "neox": {"attention.query_key_value"},
     "falcon-7b": {"self_attention.query_key_value"},
     "bloom": {"self_attention.query_key_value"},
+    "qwen2-moe-mixed": {"self_attn.q_proj", "self_attn.k_proj"},
 }
 
 
@@ -361,7 +441,7 @@ def test_queries_and_keys_are_known_in_every_family(key):
 def test_a_config_that_leaves_out_default_values_has_the_same_spec(key):
     full, diff = config_json(key), TINY[key][0].to_diff_dict()
     assert len(diff) < len(full)
-    assert spec_for({**diff, "architectures": full["architectures"]}) is build(key)[1]
+    assert spec_for({**diff, "architectures": full["architectures"]}) is spec_for(full)
 
 
 @pytest.mark.parametrize("name", plugins.names("models"))
@@ -374,7 +454,7 @@ def test_every_architecture_and_every_spec_is_tested_here():
     families = [plugins.load("models", name, "models") for name in plugins.names("models")]
     built = [build(key) for key in TINY]
     assert {a for f in families for a in f.ARCHITECTURES} == {type(model).__name__ for model, _ in built}
-    assert {id(spec) for f in families for spec in f.SPECS} == {id(spec) for _, spec in built}
+    assert {id(spec) for f in families for spec in f.SPECS} == {id(spec_for(config_json(key))) for key in TINY}
 
 
 @pytest.mark.parametrize(

@@ -61,16 +61,16 @@ def check(grid: Grid, rows: int, cols: int) -> None:
         )
 
 
-def check_together(linears: Mapping[str, Grid]) -> None:
-    """Raise FormatError when one AWQ file cannot hold all of these linears."""
-    settings = {_group_size(grid) for grid in linears.values()}
+def check_together(linears: Mapping[str, Grid | None]) -> None:
+    """Raise FormatError when one AWQ file cannot hold all of these linears; None stands for one that stays float."""
+    settings = {_group_size(grid) for grid in linears.values() if grid}
     if len(settings) > 1:
         raise FormatError(
             f"an AWQ file has one setting for all linears, not group sizes {', '.join(map(str, sorted(settings)))}. "
             "Use `fallback: keep` and no rules that change the grid, or `formats: [compressed_tensors]`"
         )
-    for name in linears:
-        if name.rpartition(".")[2] == "lm_head":
+    for name, grid in linears.items():
+        if grid and name.rpartition(".")[2] == "lm_head":
             raise FormatError(f"{name}: readers of AWQ files keep the output matrix float. Add it to `ignore`")
 
 

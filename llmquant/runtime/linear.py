@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens cols"]) -> Float[Tensor, "*tokens rows"]:
         codes, params = activations.encode(self.inputs, x)
-        y: Tensor = self._product(codes.flatten(0, -2)).view(*x.shape[:-1], -1)
+        y: Tensor = self._product(codes.flatten(0, -2)).view(*x.shape[:-1], len(self._sums))
         if "zero" in params:
             y -= params["zero"].float() * self._sums
         y = (y * self._scale).mul_(params["scale"]).to(x.dtype)

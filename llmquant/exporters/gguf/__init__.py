@@ -83,8 +83,9 @@ def choose_types(
         text.num_hidden_layers,
         text.num_attention_heads,
         layout.metadata[Keys.Attention.HEAD_COUNT_KV.format(arch=layout.architecture)],
+        layout.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=layout.architecture), 0),
     )
-    named = {entry.name: shapes[entry.source] for entry in layout.entries}
+    named = {entry.name: entry.shape(shapes) for entry in layout.entries}
     plain = next((name.upper() for name, known in FLOATS.items() if known == dtype), "F32")
     types = mixtures.types(
         mixture.name if mixture else plain,
@@ -96,7 +97,22 @@ def choose_types(
         token_embedding=mixture.token_embedding if mixture else None,
         overrides=list(mixture.overrides.items()) if mixture else [],
     )
-    return {entry.source: (types[entry.name].type, types[entry.name].note) for entry in layout.entries}
+    chosen = {entry.name: (types[entry.name].type, types[entry.name].note) for entry in layout.entries}
+    return {source: chosen[entry.name] for entry in layout.entries for source in entry.sources}
+
+
+def check_together(linears: Mapping[str, Grid | None]) -> None:
+    """Raise FormatError when the experts of a layer, which a file stacks, have several grids."""
+    stacks: dict[str, tuple[str, Grid | None]] = {}
+    for name, grid in linears.items():
+        if families.EXPERT.search(f"{name}."):
+            first, wanted = stacks.setdefault(families.EXPERT.sub(".experts.", name), (name, grid))
+            if grid != wanted:
+                raise FormatError(
+                    f"{name}: its grid is {grid or 'float'}, that of {first} is {wanted or 'float'}, but a gguf file "
+                    "keeps a matrix of all experts of a layer as one tensor of one type. Let rules match all experts, "
+                    'e.g. match: "*.experts.*.down_proj"'
+                )
 
 
 def importance(plan: Plan, config: Any) -> dict[str, Tensor]:
@@ -107,11 +123,11 @@ def importance(plan: Plan, config: Any) -> dict[str, Tensor]:
     assert plan.recipe.imatrix is not None
     known = imatrix.read(plan.recipe.imatrix)
     shapes = {x.weight_name: (x.rows, x.cols) for x in plan.linears}
-    found = {}
+    found: dict[str, Tensor] = {}
     for entry in families.layout(config, shapes).entries:
-        mean = known.square_mean(entry.name, shapes[entry.source][1])
+        mean = known.square_mean(entry.name, shapes[entry.source][1], len(entry.sources))
         if mean is not None:
-            found[entry.source] = mean[0]
+            found |= dict(zip(entry.sources, mean, strict=True))
     if not found:
         raise RecipeError(f"imatrix: {plan.recipe.imatrix} has no entry for any weight of this model")
     return found
@@ -124,7 +140,10 @@ def write_importance(path: Path, config: Any, stats: Mapping[str, Stats], text: 
     text: its name. chunk: tokens of a sequence.
     """
     shapes = {name: (0, len(known.square_mean)) for name, known in stats.items()}
-    entries = {e.name: imatrix.Entry.of(stats[e.source]) for e in families.layout(config, shapes).entries}
+    entries = {
+        e.name: imatrix.Entry.of(*(stats[source] for source in e.sources))
+        for e in families.layout(config, shapes).entries
+    }
     chunks = max(known.tokens for known in stats.values()) // chunk
     imatrix.write(path, imatrix.Imatrix(entries, (text,), chunks, chunk))
 
@@ -151,7 +170,7 @@ def write(
             tell(i, len(tensors))
             linear = linears.get(entry.source)
             if linear is not None and linear.grid is not None:
-                pieces = next(blocks)
+                pieces = (piece for _ in entry.sources for piece in next(blocks))
                 yield pieces if entry.rows is None else [torch.cat(list(pieces))[entry.rows]]
             else:
                 yield _float_data(plan, checkpoint, entry, tensors[i])
@@ -160,7 +179,8 @@ def write(
         tell(len(tensors), len(tensors))
 
     name = general.file_name(metadata, checkpoint.folder, _file_type_name(plan))
-    quantized = [x for x in (linears.get(entry.source) for entry in layout.entries) if x and x.grid]
+    sources = (source for entry in layout.entries for source in entry.sources)
+    quantized = [x for x in map(linears.get, sources) if x and x.grid]
     # closed as soon as writing fails, not when the exception is dropped: until then torch has one thread
     with closing(source.pieces(quantized, lambda q: pack(q)[""].cpu())) as blocks:
         split = plan.recipe.shard_bytes or 0
@@ -183,7 +203,7 @@ def _contents(
     shapes |= {name: (x.rows, x.cols) for name, x in linears.items()}
     layout = families.layout(config, shapes)
     tensors = [
-        writer.Stored(entry.name, shapes[entry.source], _type(plan, entry.source, linears)) for entry in layout.entries
+        writer.Stored(entry.name, entry.shape(shapes), _type(plan, entry.source, linears)) for entry in layout.entries
     ]
     tensors += [writer.Stored(name, tuple(value.shape), "f32") for name, value in layout.extra.items()]
     metadata = general.metadata(checkpoint.folder, checkpoint.config, layout.architecture, plan.weights)
@@ -196,20 +216,22 @@ def _contents(
 
 def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Iterator[Tensor]:
     """Yield the bytes of a tensor that stays float, some rows at a time where it can be read so."""
-    name = entry.source if entry.source in checkpoint else f"{plan.spec.embed}.weight"
-    rows = stored.shape[0]
-    by_columns = checkpoint.infos[name].shape != stored.shape
-    whole = by_columns or entry.rows is not None
-    step = rows if whole else max(PIECE * rows // math.prod(stored.shape), 1)
-    for start in range(0, rows, step):
-        value = checkpoint.read(name, None if whole else (start, start + step))
-        if by_columns:
-            value = value.T
-        if entry.rows is not None:
-            value = value[entry.rows]
-        if entry.plus_one:
-            value = value.float() + 1
-        yield value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
+    shape = stored.shape[1:] if entry.stack else stored.shape
+    rows = shape[0]
+    for source in entry.sources:
+        name = source if source in checkpoint else f"{plan.spec.embed}.weight"
+        by_columns = checkpoint.infos[name].shape != shape
+        whole = by_columns or entry.rows is not None
+        step = rows if whole else max(PIECE * rows // math.prod(shape), 1)
+        for start in range(0, rows, step):
+            value = checkpoint.read(name, None if whole else (start, start + step))
+            if by_columns:
+                value = value.T
+            if entry.rows is not None:
+                value = value[entry.rows]
+            if entry.plus_one:
+                value = value.float() + 1
+            yield value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
 
 
 def _type(plan: Plan, name: str, linears: Mapping[str, Linear]) -> str:

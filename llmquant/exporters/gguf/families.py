@@ -26,6 +26,7 @@ from llmquant.errors import FormatError
 
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$")
 """Tensors of older checkpoints that are no parameters: masks, and the frequencies of rotary embeddings."""
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 Order = Callable[[Any, int], Tensor]
 """(config, rows of the tensor) -> which row of the checkpoint each row of the file is."""
 
@@ -36,12 +37,22 @@ class Entry:
 
     rows: the checkpoint's row that each row of the file is, or None for the same order.
     plus_one: the file holds the value plus one.
+    stack: the matrices of all experts, of which the file makes one tensor; ``source`` is the first.
     """
 
     name: str
     source: str
     rows: Int[Tensor, " rows"] | None = None
     plus_one: bool = False
+    stack: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.stack or (self.source,)
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return its shape in the file. shapes: in the checkpoint, by name."""
+        return (*([len(self.stack)] if self.stack else []), *shapes[self.source])
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Family:
     settings: (metadata below the architecture, names of the tensors) -> settings of transformers' configuration beyond
         those that all families have.
     check: raises FormatError for what llama.cpp does not compute.
+    experts: its layers have experts; another family of the architecture may have none.
     """
 
     architecture: str
@@ -81,6 +93,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     settings: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda keys, names: {}
     check: Callable[[Any], None] = lambda config: None
+    experts: bool = False
 
 
 def layout(config: Any, names: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -119,7 +132,9 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
     Raises FormatError for an architecture or a setting that cannot be told in transformers' terms.
     """
     arch = metadata.get(Keys.General.ARCHITECTURE)
-    kind = next((kind for kind, family in FAMILIES.items() if family.architecture == arch), None)
+    experts = bool(metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)))
+    kinds = [kind for kind, family in FAMILIES.items() if family.architecture == arch]
+    kind = next((kind for kind in kinds if FAMILIES[kind].experts == experts), None)
     if kind is None:
         known = ", ".join(sorted({family.architecture for family in FAMILIES.values()}))
         raise FormatError(
@@ -216,18 +231,25 @@ def _entries(family: Family, config: Any, names: Mapping[str, tuple[int, ...]]) 
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     known = gguf.get_tensor_name_map(numbers[family.architecture], config.num_hidden_layers)
     nowhere = []
+    stacks: dict[str, dict[int, str]] = {}  # the experts of a layer by number
+    for source in names:
+        if expert := EXPERT.search(source):
+            stacks.setdefault(EXPERT.sub(".experts.", source), {})[int(expert[1])] = source
     for source, shape in names.items():
         if BUFFERS.search(source):
             continue
-        endings = (".weight", ".bias")
-        name = known.get_name(source, endings) or known.get_name(source.removeprefix("transformer."), endings)
-        if name is None:
+        endings, stack = (".weight", ".bias"), stacks.get(together := EXPERT.sub(".experts.", source), {})
+        if stack and source != stack[min(stack)]:
+            continue
+        name = known.get_name(together, endings) or known.get_name(source.removeprefix("transformer."), endings)
+        if name is None or (EXPERT.search(source) and sorted(stack) != list(range(len(stack)))):
             nowhere.append(source)
             continue
         module = source.rpartition(".")[0]
         order = next((order for end, order in family.orders.items() if module.endswith(end)), None)
         plus_one = family.norms_plus_one and len(shape) == 1 and name.endswith("norm.weight")
-        yield Entry(name, source, order(config, shape[0]) if order else None, plus_one)
+        in_order = tuple(stack[number] for number in sorted(stack))
+        yield Entry(name, source, order(config, shape[0]) if order else None, plus_one, in_order)
     if nowhere:
         raise FormatError(
             f"a GGUF file of architecture {family.architecture} has no place for {len(nowhere)} tensors: "
@@ -454,11 +476,49 @@ def _neox_keys(config: Any) -> dict[str, Any]:
     return {Keys.LLM.USE_PARALLEL_RESIDUAL: config.use_parallel_residual}
 
 
+def _expert_keys(config: Any) -> dict[str, Any]:
+    keys = {
+        Keys.LLM.EXPERT_COUNT: getattr(config, "num_local_experts", None) or config.num_experts,
+        Keys.LLM.EXPERT_USED_COUNT: config.num_experts_per_tok,
+        Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: getattr(config, "moe_intermediate_size", None),
+        Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: getattr(config, "shared_expert_intermediate_size", None),
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _expert_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {
+        "num_experts": keys.get("expert_count"),
+        "num_local_experts": keys.get("expert_count"),
+        "num_experts_per_tok": keys.get("expert_used_count"),
+        "moe_intermediate_size": keys.get("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": keys.get("expert_shared_feed_forward_length"),
+    }
+
+
+def _qwen3_moe_settings(keys: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return _expert_settings(keys, names) | {"norm_topk_prob": True}
+
+
+def _check_olmoe(config: Any) -> None:
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise FormatError(
+            f"llama.cpp wants keys and values for each of an OLMoE model's {config.num_attention_heads} heads, not "
+            f"{config.num_key_value_heads}"
+        )
+
+
 ROTATED = {
     "self_attn.q_proj": _halves_to_pairs(lambda config: config.num_attention_heads),
     "self_attn.k_proj": _halves_to_pairs(lambda config: config.num_key_value_heads),
 }
 SILU = ("silu", "swish")
+ALL_EXPERTS = {
+    "hidden_act": SILU,
+    "use_sliding_window": (False,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+}
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp has one for all
 GEMMA = {"hidden_activation": GELU, "attention_bias": (False,)}
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
@@ -474,6 +534,42 @@ FAMILIES = {
     "mistral": Family("llama", ROTATED, fixed={"hidden_act": SILU}),
     "qwen2": Family("qwen2", fixed={"hidden_act": SILU, "use_sliding_window": (False,)}),
     "qwen3": Family("qwen3", fixed={"hidden_act": SILU, "use_sliding_window": (False,), "attention_bias": (False,)}),
+    "mixtral": Family(
+        "llama",
+        ROTATED,
+        extra_keys=_expert_keys,
+        fixed={"hidden_act": SILU},
+        settings=_expert_settings,
+        experts=True,
+    ),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        extra_keys=_expert_keys,
+        fixed=ALL_EXPERTS | {"norm_topk_prob": (False,), "qkv_bias": (True,), "tie_word_embeddings": (False,)},
+        settings=_expert_settings,
+        experts=True,
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        extra_keys=_expert_keys,
+        fixed=ALL_EXPERTS | {"norm_topk_prob": (True,), "attention_bias": (False,)},
+        settings=_qwen3_moe_settings,
+        experts=True,
+    ),
+    "olmoe": Family(
+        "olmoe",
+        extra_keys=_expert_keys,
+        fixed={
+            "hidden_act": SILU,
+            "norm_topk_prob": (False,),
+            "attention_bias": (False,),
+            "clip_qkv": (None,),
+            "tie_word_embeddings": (False,),
+        },
+        settings=_expert_settings,
+        check=_check_olmoe,
+        experts=True,
+    ),
     "gemma2": Family(
         "gemma2",
         norms_plus_one=True,
