@@ -457,10 +457,11 @@ def _peak_bytes(plan: Plan, hidden: int, tokens: int, memory: int, exporters: Ma
     squares: list[int] = [0]  # the Hessians that a layer has at a time
     for index in range(plan.layers):
         known = {site: plan.of_layer(index, site) for site in plan.spec.sites_of(index) if site.linears}
-        for linears in known.values():
+        for site, linears in known.items():
             cols, weights = linears[0].cols, sum(x.weights for x in linears)
             rounding = FEEDBACK * weights + FACTORS * cols**2 if hessian else ROUNDING * weights
-            working.append(rounding + chains * (4 * tokens * (2 * hidden + cols) if waits else 4 * tokens * hidden))
+            held = 2 * hidden + cols if waits else 2 * hidden if site.expert else hidden
+            working.append(rounding + chains * 4 * tokens * held)
         if hessian:
             of_sites = [4 * matrices * x[0].cols ** 2 for site, x in known.items() if not site.expert]
             # one expert's own, its prior, and the one that all share
