@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -379,3 +380,25 @@ def test_a_mismatch_is_that_of_the_same_tokens(experts_layer):
     before, after = ((read @ q.T - meant @ w.T).square().mean() for q in (w, target))
     assert share > 0.8
     assert after < 0.3 * before
+
+
+def test_the_hessians_of_all_experts_never_exist_together(save_model, texts, tmp_path, monkeypatch):
+    alive, most = [], {}
+    result = Accumulator.result
+
+    def counted(self):
+        stats = result(self)
+        alive.append(weakref.ref(stats.hessian))
+        most[experts_now] = max(most.get(experts_now, 0), sum(hessian() is not None for hessian in alive))
+        return stats
+
+    monkeypatch.setattr(Accumulator, "result", counted)
+    for experts_now in (3, 12):
+        config = hf.MixtralConfig(
+            **BASE | {"num_hidden_layers": 1}, intermediate_size=64, num_local_experts=experts_now
+        )
+        model = save_model(tmp_path / f"float-{experts_now}", config)
+        text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 2, length: 64}}"
+        chosen = recipe.load("gptq-w4g128", [text, "grid.group_size=32", "formats=[compressed_tensors]"])
+        run.quantize(model, chosen, tmp_path / f"out-{experts_now}")
+    assert most[12] == most[3] <= 4
