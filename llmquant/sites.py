@@ -32,8 +32,8 @@ from llmquant.transform import Rounding
 class Quantized:
     """What becomes of the linears of a layer.
 
-    linears, records: by name. targets: the weights that were rounded, where rounding is learned. biases: where they are corrected, as they are
-    stored.
+    linears, records: by name. targets: the weights that were rounded, where rounding is learned. biases: where they
+    are corrected, as they are stored.
     """
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
