@@ -166,7 +166,12 @@ def _write_folder(
     written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell), _shard_bytes(plan))
     config = dict(checkpoint.config)
     grids = {name: linear.grid for name, linear in plan.quantized.items()}
-    settings = exporter.quantization_config(grids, list(plan.floats), _settings(plan))
+    named = (*grids, *plan.floats) if plan.spec.renamed else ()
+    stored = {name: key for name in named if (key := _stored(checkpoint, name)) != name}
+    # readers name a linear as their own module does, or as the file does
+    grids |= {stored[name]: grid for name, grid in grids.items() if name in stored}
+    kept = [*plan.floats, *(stored[name] for name in plan.floats if name in stored)]
+    settings = exporter.quantization_config(grids, kept, _settings(plan))
     config["quantization_config"] = settings
     if plan.untie:
         config["tie_word_embeddings"] = False
@@ -177,6 +182,12 @@ def _write_folder(
         if path.suffix in COPIED and path.name not in (INDEX, "config.json") and path.is_file():
             shutil.copyfile(path, folder / path.name)
     return written
+
+
+def _stored(checkpoint: Checkpoint, linear: str) -> str:
+    """Return the name of a linear in the checkpoint's files."""
+    info = checkpoint.infos.get(f"{linear}.weight")
+    return linear if info is None else info.key.removesuffix(".weight")
 
 
 def _shard_bytes(plan: Plan) -> int:

@@ -123,6 +123,11 @@ class Plan:
         alike: dict[tuple[str, str], list[str]] = {}  # a note that all experts of a layer have is listed once
         for linear in self.linears:
             alike.setdefault((experts.get(linear.name, linear.name), linear.note), []).append(linear.name)
+        choices = {id(x.choice): x.choice for x in self.linears if x.grid and x.choice and x.name in experts}
+        if any(needs_of(choice) == "fisher" for choice in choices.values()):
+            skipped.append(
+                "experts: two-sided feedback for their last linears only, as the others' rows see few tokens"
+            )
         every = Counter(experts.values())
         listed = [
             f"{name}: {note}"

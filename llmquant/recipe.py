@@ -178,6 +178,11 @@ class Recipe(BaseModel):
         return [*found, own]
 
     @cached_property
+    def choices_of_types(self) -> dict[tuple[str, str], Choice | None]:
+        """What ``of_type`` has found so far."""
+        return {}
+
+    @cached_property
     def rewrites(self) -> list[tuple[str, Any]]:
         """The transforms, by name and settings."""
         return [plugins.configure("transforms", values, f"transforms.{i}") for i, values in enumerate(self.transforms)]
@@ -203,9 +208,12 @@ class Recipe(BaseModel):
 
     def of_type(self, type_: str, algorithm: dict[str, Any] | None = None) -> Choice | None:
         """Return the choice for a GGUF type, by the recipe's algorithm unless one is given; None for a float type."""
-        if type_ not in plugins.names("grids"):
-            return None
-        return _choice({"name": type_}, algorithm or self.algorithm, self.activations, "")
+        key = type_, str(algorithm)
+        if key not in self.choices_of_types:  # thousands of experts ask for few types
+            known = type_ in plugins.names("grids")
+            choice = _choice({"name": type_}, algorithm or self.algorithm, self.activations, "") if known else None
+            self.choices_of_types[key] = choice
+        return self.choices_of_types[key]
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -32,8 +32,8 @@ from llmquant.transform import Rounding
 class Quantized:
     """What becomes of the linears of a layer.
 
-    linears, records: by name. targets: the weights that were rounded. biases: where they are corrected, as they are
-    stored.
+    linears, records: by name. targets: the weights that were rounded, where rounding is learned. biases: where they
+    are corrected, as they are stored.
     """
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -227,7 +227,8 @@ class Layer:
             self.done.biases |= _corrected_biases(plan, self.stream, self.module, linears, aimed, stats)
         self.done.linears |= quantized
         self.done.records |= {name: record | (known or {}) for name, record in told.items()}
-        self.done.targets |= targets
+        if plan.recipe.learned_rounding is not None:
+            self.done.targets |= targets
 
 
 def _aimed_mean(stats: Stats) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -122,8 +123,10 @@ def test_an_expert_without_tokens_is_rounded_sanely_and_listed(key, saved, texts
     assert shared == 2 * 8 * 128  # two experts a token
 
 
-@pytest.mark.parametrize("key", ["mixtral", "qwen2-moe", "qwen3-moe"])
-@pytest.mark.parametrize("name", ["gguf-q8_0", "gptq-q4_k_m"])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("mixtral", "gguf-q8_0"), ("qwen2-moe", "gguf-q4_k_m"), ("qwen3-moe", "gguf-q8_0"), ("qwen3-moe", "gptq-q4_k_m")],
+)
 def test_llama_cpp_computes_our_decoded_weights(key, name, saved, texts, tmp_path):
     quantize(saved(key), texts, tmp_path / "out", name, "fallback=substitute")
     x = torch.arange(5, 69)[None]
@@ -206,8 +209,17 @@ def test_a_folder_that_holds_fused_experts_is_read_like_any_other(key, saved, tm
         assert len(info.shape) == 1 or torch.equal(fused.read(name, (3, 9)), plain.read(name, (3, 9)))
 
 
-def test_names_in_a_written_folder_are_those_of_the_checkpoint(saved, texts, tmp_path):
-    quantize(saved("mixtral"), texts, tmp_path / "out", "rtn-w4g128", "grid.group_size=32")
+def test_names_in_a_written_folder_are_those_of_the_checkpoint(saved, texts, tmp_path, read_json):
+    changes = ["grid.group_size=32", "rules=[{match: '*.experts.*.down_proj', grid: {bits: 8}}]"]
+    quantize(saved("mixtral"), texts, tmp_path / "out", "rtn-w4g128", *changes, "formats=[compressed_tensors]")
+    settings = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    targets = [target for group in settings["config_groups"].values() for target in group["targets"]]
+    for pattern in (r"block_sparse_moe\.experts\.\d+\.w2$", r"mlp\.experts\.\d+\.down_proj$"):
+        assert any(target.endswith(pattern) for target in targets)
+    assert any(name.endswith(r"block_sparse_moe\.gate$") for name in settings["ignore"])
+    linear = open_model(tmp_path / "out").read("model.layers.1.mlp.experts.3.down_proj.weight")
+    plain = open_model(saved("mixtral")).read("model.layers.1.mlp.experts.3.down_proj.weight")
+    assert (linear - plain).abs().max() < 2e-3  # 8 bits
     names = set(Checkpoint(tmp_path / "out").infos)
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight_packed" in names
     assert "model.layers.0.block_sparse_moe.gate.weight" in names
@@ -368,3 +380,25 @@ def test_a_mismatch_is_that_of_the_same_tokens(experts_layer):
     before, after = ((read @ q.T - meant @ w.T).square().mean() for q in (w, target))
     assert share > 0.8
     assert after < 0.3 * before
+
+
+def test_the_hessians_of_all_experts_never_exist_together(save_model, texts, tmp_path, monkeypatch):
+    alive, most = [], {}
+    result = Accumulator.result
+
+    def counted(self):
+        stats = result(self)
+        alive.append(weakref.ref(stats.hessian))
+        most[experts_now] = max(most.get(experts_now, 0), sum(hessian() is not None for hessian in alive))
+        return stats
+
+    monkeypatch.setattr(Accumulator, "result", counted)
+    for experts_now in (3, 12):
+        config = hf.MixtralConfig(
+            **BASE | {"num_hidden_layers": 1}, intermediate_size=64, num_local_experts=experts_now
+        )
+        model = save_model(tmp_path / f"float-{experts_now}", config)
+        text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 2, length: 64}}"
+        chosen = recipe.load("gptq-w4g128", [text, "grid.group_size=32", "formats=[compressed_tensors]"])
+        run.quantize(model, chosen, tmp_path / f"out-{experts_now}")
+    assert most[12] == most[3] <= 4
