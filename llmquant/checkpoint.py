@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmquant.errors import CheckpointError, OutputError
+from llmquant.errors import CheckpointError, LlmquantError, OutputError
+from llmquant.files import replacing, write_json
 from llmquant.models.spec import ModelSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +36,9 @@ ORDER = (torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4
 """In which safetensors sorts tensors, backwards."""
 METADATA = {"format": "pt"}
 SHARD_BYTES = 5_000_000_000
+MOST_JSON = 1 << 28  # bytes; the largest tokenizers have a tenth of that
+FOLLOWED = ("configuration_files", "fast_tokenizer_files", "vocab_file", "merges_file", "tokenizer_file", "spm_file")
+"""Keys by which transformers finds further files."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,8 @@ class Digest:
 
 def check_finite(tensor: Tensor, where: str) -> None:
     """Raise CheckpointError when a tensor holds NaN or infinite values."""
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):  # which torch cannot add up
+        tensor = tensor.float()
     if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():  # a sum is quick
         raise CheckpointError(
             f"{where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite. The file is damaged, "
@@ -199,9 +206,44 @@ def locate(model: str | Path) -> Path:
         ) from None
 
 
+@contextmanager
+def by_library(path: Path, what: str) -> Iterator[None]:
+    """While active, whatever a library raises over the contents of a file becomes one CheckpointError.
+
+    what: that cannot be done. There is no narrower class to catch: tokenizers raises bare Exceptions, and transformers
+    what its code happens to meet in a configuration.
+    """
+    try:
+        yield
+    except LlmquantError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{path}: {what}: {reason}") from error
+
+
+def check_followed(folder: Path) -> None:
+    """Raise CheckpointError when a configuration names a file of the tokenizer or model outside of the folder."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name, "it is there")
+        for key in FOLLOWED:
+            value = config.get(key)
+            for file in value if isinstance(value, list) else [value]:
+                # an author's own path is harmless where it does not exist
+                if isinstance(file, str) and Path(file).name != file and os.path.lexists(folder / file[:4096]):
+                    raise CheckpointError(
+                        f"{folder / name}: {key} is {file!r}, which is not a file of this folder. Remove the key, or "
+                        "copy the file here and name it alone."
+                    )
+
+
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """Return a JSON object from a file, or raise CheckpointError."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, more than the {MOST_JSON} that are read")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {why}") from None
@@ -290,17 +332,10 @@ def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + length + -length % 8 + at
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file beside its place, flush it to the disk, then give it its name."""
-    beside = path.with_name(path.name + ".partial")
-    save_file(tensors, beside, metadata=metadata)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], kept: str) -> None:
+    """Write one safetensors file, whole or not at all; raise OutputError. kept: what remains, and the remedy."""
+    with replacing(path, kept) as beside:
+        save_file(tensors, beside, metadata=metadata)
 
 
 def check_output(folder: Path) -> None:

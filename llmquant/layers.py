@@ -17,7 +17,17 @@ from llmquant.grid import dequantize
 from llmquant.models.spec import Site
 from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress
-from llmquant.sites import Goal, Layer, Quantized, accumulator, local_name, put, quantize_together
+from llmquant.sites import (
+    GIVEN_UP,
+    Goal,
+    Layer,
+    Quantized,
+    accumulator,
+    check_packable,
+    local_name,
+    put,
+    quantize_together,
+)
 from llmquant.stats import Sample, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
@@ -27,8 +37,12 @@ ENOUGH_BY_COLUMN = 4
 
 
 @torch.no_grad()
-def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
+def quantize_layers(
+    plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress, skip: bool = False
+) -> None:
     """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
+
+    skip: leave float what cannot be quantized, with those that read the same activations.
 
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
     for as many of the first tokens as that needs.
@@ -40,7 +54,9 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
     for linear in (x for x in outside if x.lookup):
         if not log.has(linear.part):
             stats = lookup_stats(plan, stream, linear, tokens, information)
-            _save_outside(log, linear, stream.embedding_weight(), stats)
+            _save_outside(plan, log, linear, stream.embedding_weight(), stats, skip)
+        if linear.name in log.given_up(linear.part):
+            continue
         stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
     heads = [x for x in outside if not x.lookup and not log.has(x.part)]
     activations = stream.start(tokens)
@@ -54,8 +70,9 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
                 if aimed is not None:
                     stream.run(layer, index, aimed)
                 rounding: dict[str, Inputs] = {}
+                given_up = log.given_up(index)
                 for linear in plan.of_layer(index):
-                    if linear.grid is not None:
+                    if linear.grid is not None and linear.name not in given_up:
                         put(layer, plan, linear, log.load(linear), rounding)
                 _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
                 with calibrate.rounded(layer, plan.spec.sites, rounding):
@@ -72,7 +89,7 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
                     goal.scales = scales
             with_goal = goal if plan.recipe.mismatch_correction else None
             learns = plan.recipe.learned_rounding is not None
-            rounded = Layer(plan, stream, layer, index, activations, with_goal, outputs)
+            rounded = Layer(plan, stream, layer, index, activations, with_goal, outputs, skip)
             done = rounded.quantize(go_on=not last and not learns)
             if learns:
                 assert goal is not None
@@ -81,11 +98,11 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
                 _learn(plan, stream, layer, index, activations, goal, known, done)
                 stream.run(layer, index, activations)
             records = {name: record | told.get(name, {}) for name, record in done.records.items()}
-            log.save(index, done.linears, records, floats | done.biases)
+            log.save(index, done.linears, records, floats | done.biases | done.floats, done.given_up)
             log.drop_information(index)
     for linear in heads:
         aim = aimed if plan.recipe.mismatch_correction else None
-        _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim))
+        _save_outside(plan, log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim), skip)
     progress("quantizing layers", plan.layers, plan.layers)
 
 
@@ -94,8 +111,16 @@ def _enough(linears: Sequence[Linear]) -> int:
     return max([ENOUGH, *(ENOUGH_BY_COLUMN * x.cols for x in linears)])
 
 
-def _save_outside(log: work.Work, linear: Linear, weight: Tensor, stats: Stats) -> None:
-    done, records, _ = quantize_together([linear], [weight], stats)
+def _save_outside(plan: Plan, log: work.Work, linear: Linear, weight: Tensor, stats: Stats, skip: bool = False) -> None:
+    try:
+        done, records, _ = quantize_together([linear], [weight], stats)
+        if skip:
+            check_packable(plan, done)
+    except GIVEN_UP as error:
+        if not skip:
+            raise
+        log.save(linear.part, {}, {}, given_up={linear.name: str(error)})
+        return
     log.save(linear.part, done, records)
 
 
@@ -111,7 +136,7 @@ def _learn(
 ) -> None:
     """Give a layer's linears learned codes. The activations of ``goal`` are the layer's outputs already."""
     assert plan.recipe.learned_rounding is not None
-    linears = {local_name(plan, x): x for x in plan.of_layer(index) if x.grid}
+    linears = {local_name(plan, x): x for x in plan.of_layer(index) if x.name in done.linears}
     tuned, told = learned.tune(
         layer,
         {local: done.linears[x.name] for local, x in linears.items()},

@@ -94,6 +94,7 @@ class Plan:
     unfoldable: tuple[str, ...] = ()  # sites that transforms leave as they are
     files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
     peak_bytes: int = 0
+    given_up: Mapping[str, str] = field(default_factory=dict)  # linears that could not be quantized -> why
     waiting_bytes: int = 0  # activations that wait at a site, at most, when a layer is computed once for all sites
 
     @property
@@ -107,6 +108,27 @@ class Plan:
         for linear in self.quantized.values():
             found.setdefault(linear.part, []).append(linear)
         return found
+
+    def without(self, reasons: Mapping[str, str]) -> Plan:
+        """Return the plan in which linears that could not be quantized stay float.
+
+        So do those that read the same activations: many runtimes compute them as one matrix.
+
+        reasons: by name.
+        """
+        if not reasons:
+            return self
+        left = dict(reasons)
+        for site in (self.of_layer(i, site) for i in range(self.layers) for site in self.spec.sites):
+            because = next((x.name for x in site if x.name in reasons), "")
+            if because:
+                left |= {x.name: f"as {because}" for x in site if x.grid and x.name not in reasons}
+        linears = [
+            replace(x, grid=None, choice=None, note=f"left float: {left[x.name]}") if x.name in left else x
+            for x in self.linears
+        ]
+        floats = tuple(sorted({*self.floats, *left}))
+        return replace(self, linears=tuple(linears), floats=floats, given_up=left)
 
     @property
     def notes(self) -> list[str]:

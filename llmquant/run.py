@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ import llmquant
 from llmquant import calibrate, data, export, layers, memory, noise, plugins, recipe, rotation, sites, threads, work
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CheckpointError, LlmquantError, RecipeError
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -30,6 +30,8 @@ from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Stream
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Report:
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
-    outputs: format -> folder. bytes: format -> size of its weights' files.
+    outputs: format -> folder. bytes: format -> size of its weights' files. hashes: format -> SHA-256 of every file.
+    given_up: linears that could not be quantized and stayed float, and why.
     """
 
     model: str
@@ -60,6 +63,7 @@ class Report:
     residual_errors: dict[str, list[float]] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -148,12 +152,17 @@ def quantize(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    on_error: OnError = "stop",
+    verify: bool = True,
 ) -> tuple[Report, Windows | None]:
     """Quantize a model and write it in every format of the recipe; return the report, and held-out text if there is.
 
     out: the new folder; with several formats, one folder in it for each.
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
         if not given). The same call after a crash goes on from there.
+    on_error: what to do where a linear cannot be quantized. "stop" raises the error, "skip" leaves it float, and those
+        that read the same activations; ``Report.given_up`` names them.
+    verify: read back what was written.
     """
     if recipe_.budget is not None:
         raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
@@ -174,14 +183,21 @@ def quantize(
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
-    if text is not None or work_folder is not None or len(recipe_.formats) > 1:
+    if text is not None or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip":
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
         source = work.Work(folder, fingerprint(checkpoint, plan, text), restart)
         resumed = sum(source.has(i) for i in range(plan.layers))
         if text is None:
-            direct.save(source, progress)
+            direct.save(source, progress, on_error == "skip")
         else:
-            layers.quantize_layers(plan, stream, source, text.tokens, progress)
+            layers.quantize_layers(plan, stream, source, text.tokens, progress, on_error == "skip")
+        if (given_up := source.given_up()) and on_error == "stop":
+            raise CalibrationError(
+                f"{folder}: an earlier run with --on-error skip left {len(given_up)} linears float; the first: "
+                f"{next(iter(given_up.values()))} Give --on-error skip again, or begin anew with --restart."
+            )
+        plan = plan.without(given_up)
+        if text is not None:
             checkpoint = work.Transformed(checkpoint, source, plan.layers)
     report = Report(
         model=str(model),
@@ -192,10 +208,11 @@ def quantize(
         bits_per_weight=round(plan.bits_per_weight, 4),
         resumed_layers=resumed,
         versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        given_up=dict(plan.given_up),
     )
     for name in recipe_.formats:
         target = out if len(recipe_.formats) == 1 else out / name
-        written = export.write(plan, checkpoint, source, name, stream.config, target, progress)
+        written = export.write(plan, checkpoint, source, name, stream.config, target, progress, verify)
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
@@ -257,6 +274,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
             "to go on."
         )
+    plan = plan.without(log.given_up())
     return plan, work.Transformed(stream.checkpoint, log, plan.layers), stream.config, log
 
 
@@ -302,14 +320,27 @@ class Direct:
         self._importance = importance
         self._records: dict[str, Any] = {}
 
-    def save(self, log: work.Work, progress: Progress) -> None:
-        """Quantize all linears into a work folder."""
+    def save(self, log: work.Work, progress: Progress, skip: bool = False) -> None:
+        """Quantize all linears into a work folder. skip: leave out what cannot be quantized."""
         parts = self._plan.parts
         for i, (part, linears) in enumerate(parts.items()):
             progress("quantizing", i, len(parts))
-            if not log.has(part):
-                done = {x.name: self.load(x) for x in linears}
-                log.save(part, done, {name: self._records[name] for name in done})
+            if log.has(part):
+                continue
+            done: dict[str, QuantizedTensor] = {}
+            given_up: dict[str, str] = {}
+            for linear in linears:
+                try:
+                    q = self.load(linear)
+                    if skip:
+                        sites.check_packable(self._plan, {linear.name: q})
+                except sites.GIVEN_UP as error:
+                    if not skip:
+                        raise
+                    given_up[linear.name] = str(error)
+                else:
+                    done[linear.name] = q
+            log.save(part, done, {name: self._records[name] for name in done}, given_up=given_up)
         progress("quantizing", len(parts), len(parts))
 
     def load(self, linear: Linear) -> QuantizedTensor:
