@@ -4,7 +4,7 @@
 
 Sound files of every kind that llmquant reads (float and packed models, GGUF and imatrix files, recipes,
 tokenizers, texts, sensitivities, work folders) are mutated, and given to the command line in a process of its own:
-a fork of one that has imported everything. It must end within ten seconds, with exit code 0 or 2, without a
+a fork of one that has imported everything. It must end within ten seconds of processor time, with exit code 0 or 2, without a
 traceback, below a gigabyte of memory, and may write into the output folder alone. An input is its kind, its number
 and the seed: ``--only safetensors:17`` runs that one again and shows what it printed.
 """
@@ -26,23 +26,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 import torch
 import transformers
 import yaml
+from forked import begin, run_here
 
-from llmquant import api, cli, demo, gguf_file
+from llmquant import api, demo, gguf_file
 from llmquant.report import markdown
 
-SECONDS = 10
+SECONDS = 10  # of processor time: others may use the machine, too
+WAIT = 60  # seconds on the clock, for what hangs without computing
 MEMORY = 10**9  # bytes, at the peak; the interpreter and its libraries count
 ADDRESSES = 2 * 10**9  # bytes that a run may reserve above what the libraries take
 HOSTILE = [
@@ -619,34 +621,10 @@ def prepare(sound: Path) -> None:
         ):
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.chdir(folder)
-            child(command, os.devnull)
+            run_here(command, os.devnull)
         os.chdir("/")
     gc.collect()
     gc.freeze()
-
-
-def child(command: list[str], output: str) -> int:
-    """Run the command line in this process, and return its exit code."""
-    sys.stdout.flush()
-    saved = os.dup(1), os.dup(2)
-    with open(output, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["llmquant", *command]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # noqa: BLE001  (this is what is looked for)
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for at, fd in enumerate(saved, 1):
-        os.dup2(fd, at)
-        os.close(fd)
-    return code
 
 
 def one(kind: str, number: int, seed: int) -> Outcome:
@@ -660,30 +638,27 @@ def one(kind: str, number: int, seed: int) -> Outcome:
         command = mutate(kind, number, seed, folder)
         before, beyond = tree(folder), tree(Path(scratch))
         started = time.monotonic()
-        pid = os.fork()
-        if not pid:
-            code = 70
-            try:
-                os.chdir(folder)
-                reserved = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (reserved + ADDRESSES, reserved + ADDRESSES))
-                sys.addaudithook(only_inside(folder))
-                code = child(command, "output")
-            finally:
-                os._exit(code)
+
+        def confine() -> None:
+            reserved = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (reserved + ADDRESSES, reserved + ADDRESSES))
+            sys.addaudithook(only_inside(folder))
+
+        pid = begin(command, folder, confine)
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
-            seconds = time.monotonic() - started
             if done:
                 break
-            if seconds > SECONDS:
+            if time.monotonic() - started > WAIT:
                 os.kill(pid, signal.SIGKILL)
                 _, status, usage = os.wait4(pid, 0)
                 break
             time.sleep(0.005)
+        seconds = usage.ru_utime + usage.ru_stime
         output = (folder / "output").read_text("utf-8", errors="replace")
         code, peak = os.waitstatus_to_exitcode(status), 1024 * usage.ru_maxrss
-        problem = "hangs" if seconds > SECONDS else judge(kind, code, output, before, tree(folder))
+        hangs = not done or seconds > SECONDS
+        problem = f"hangs: {seconds:.1f} s computed" if hangs else judge(kind, code, output, before, tree(folder))
         if not problem and peak > MEMORY:
             problem = f"takes {peak / 1e6:.0f} MB"
         if not problem and any(not path.startswith("root") for path in tree(Path(scratch)) - beyond):
@@ -762,7 +737,7 @@ def report(outcomes: list[Outcome], seed: int) -> str:
             "",
             f"Commit {commit.stdout.strip()}, seed {seed}. Refused: one message and exit code 2. Accepted: the damage "
             "did not matter, or nothing can tell it from another model. A failure is a traceback, another exit code, "
-            f"more than {SECONDS} s, more than {MEMORY / 1e6:.0f} MB, or a file outside the output folder. The memory "
+            f"more than {SECONDS} s of processor time, more than {MEMORY / 1e6:.0f} MB, or a file outside the output folder. The memory "
             "is that of the whole process, Python, torch and transformers included.",
             "",
             markdown(columns, rows),

@@ -104,8 +104,10 @@ class Checkpoint:
         if pickles:
             raise CheckpointError(
                 f"{self.folder}: holds {pickles[0]} but no {SINGLE}. A pickle can run code when it is loaded, so it is "
-                "not read here; if you trust it, convert it with transformers: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+                "not read here. If you trust it, convert it: "
+                'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+                f"m, new = {str(self.folder)!r}, {f'{self.folder}-safetensors'!r}; "
+                'M.from_pretrained(m).save_pretrained(new); T.from_pretrained(m).save_pretrained(new)"'
             )
         raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}; there are no weights in it")
 
@@ -191,7 +193,11 @@ def check_finite(tensor: Tensor, where: str) -> None:
 def locate(model: str | Path) -> Path:
     """Return the local folder of a model, downloading a hub id's safetensors, configuration, tokenizer and card."""
     path = Path(model)
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)[:200]}: cannot be opened: {error.strerror}") from None
+    if exists or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
     try:
         return Path(
@@ -218,7 +224,10 @@ def by_library(path: Path, what: str) -> Iterator[None]:
     except LlmquantError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code that it brings along. If you trust that: --trust-remote-code"
+        reason = reason[:300] or type(error).__name__
         raise CheckpointError(f"{path}: {what}: {reason}") from error
 
 

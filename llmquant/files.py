@@ -38,7 +38,8 @@ def replacing(path: Path, kept: str = KEPT) -> Iterator[Path]:
 
 def cannot_write(path: Path, error: Exception, kept: str = KEPT) -> OutputError:
     """Return what to raise where the system refused to write."""
-    return OutputError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}. {kept}")
+    reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+    return OutputError(f"{path}: cannot be written: {reason}. {kept}")
 
 
 def write_text(path: Path, text: str) -> None:

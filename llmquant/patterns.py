@@ -9,7 +9,7 @@ from typing import Literal
 
 import regex
 
-SECONDS = 1.0  # that a match may take; a sound one takes microseconds
+SECONDS = 0.5  # that a match may take; a sound one takes microseconds
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

@@ -151,7 +151,12 @@ class Recipe(BaseModel):
             raise RecipeError(
                 "grid: a recipe needs a grid, or else a mixture; this one has " + ("both" if self.grid else "neither")
             )
-        if Path(self.name).name != self.name or not self.name.isprintable() or len(self.name) > 100:
+        if (
+            Path(self.name).name != self.name
+            or self.name in ("", "..")
+            or not self.name.isprintable()
+            or len(self.name) > 100
+        ):
             raise RecipeError(f"name: {self.name!r:.200} is not a name that a folder can have")
         self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)

@@ -64,7 +64,8 @@ def _check_rope(settings: Mapping[str, Any], where: str) -> None:
         if isinstance(value, Mapping):
             _check_rope(value, f"{where}.{key}")
         elif not (key.endswith("type") and isinstance(value, str)) and value is not None:
-            numbers = value if isinstance(value, list) else [value]
+            several = isinstance(value, list) and key.endswith(("_factor", "_section"))
+            numbers = value if several else [value]
             if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
                 raise CheckpointError(f"{where}.{key}: {value!r:.100} is not a number")
 
