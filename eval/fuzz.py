@@ -4,9 +4,9 @@
 
 Sound files of every kind that llmquant reads (float and packed models, GGUF and imatrix files, recipes,
 tokenizers, texts, sensitivities, work folders) are mutated, and given to the command line in a process of its own:
-a fork of one that has imported everything. It must end within ten seconds of processor time, with exit code 0 or 2, without a
-traceback, below a gigabyte of memory, and may write into the output folder alone. An input is its kind, its number
-and the seed: ``--only safetensors:17`` runs that one again and shows what it printed.
+a fork of one that has imported everything. It must end within ten seconds of processor time, with exit code 0 or
+2, without a traceback, below a gigabyte of memory, and may write into the output folder alone. An input is its kind,
+its number and the seed: ``--only safetensors:17`` runs that one again and shows what it printed.
 """
 
 from __future__ import annotations
@@ -737,8 +737,8 @@ def report(outcomes: list[Outcome], seed: int) -> str:
             "",
             f"Commit {commit.stdout.strip()}, seed {seed}. Refused: one message and exit code 2. Accepted: the damage "
             "did not matter, or nothing can tell it from another model. A failure is a traceback, another exit code, "
-            f"more than {SECONDS} s of processor time, more than {MEMORY / 1e6:.0f} MB, or a file outside the output folder. The memory "
-            "is that of the whole process, Python, torch and transformers included.",
+            f"more than {SECONDS} s of processor time, more than {MEMORY / 1e6:.0f} MB, or a file outside the output "
+            "folder. The memory is that of the whole process, Python, torch and transformers included.",
             "",
             markdown(columns, rows),
             "",

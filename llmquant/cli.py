@@ -519,7 +519,7 @@ def _progress(again: bool = True) -> Iterator[Tell]:
             yield tell
         except KeyboardInterrupt as stop:
             bars.stop()
-            err.print(f"Stopped{f' while {doing}' if doing else ''}. {_how_to_go_on(doing, at, again)}")
+            err.print(f"Stopped{f' while {doing}' if doing else ''}. {_how_to_go_on(doing, at, again)}", soft_wrap=True)
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
 
 
@@ -527,7 +527,7 @@ def _how_to_go_on(doing: str, done: int, again: bool) -> str:
     if not again:
         return "What is finished stays as it is, but the same command needs another --out."
     if doing == "quantizing layers":
-        return f"{done} layers are finished and kept; the same command goes on from layer {done}."
+        return f"Finished layers are kept; the same command goes on from layer {done}."
     return "Nothing is half-written, and finished layers are kept; the same command goes on from there."
 
 

@@ -197,6 +197,7 @@ def quantize(
                 f"{next(iter(given_up.values()))} Give --on-error skip again, or begin anew with --restart."
             )
         plan = plan.without(given_up)
+        source.all_records()  # what is damaged shows before anything is written
         if text is not None:
             checkpoint = work.Transformed(checkpoint, source, plan.layers)
     report = Report(
