@@ -96,6 +96,7 @@ def quantize(
     windows = windows or (held_out if evaluate else None)
     rows: list[Row] = []
     if windows is not None:
+        _finish(report, rows, model)  # whole, should measuring it be stopped
         reference = Reference(model, device, trust_remote_code)
         rows.append(
             evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
@@ -147,6 +148,7 @@ def compare(
     for one in chosen:
         report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
         windows = windows or held_out
+        _finish(report, [], model)
         reports.append(report)
     if windows is None:
         raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
@@ -195,13 +197,9 @@ def export(
     out = Path(out)
     check_output(out)
     plan, checkpoint, config, log = run.reopen_work(Path(work), formats)
-    outputs = {}
-    for name in formats:
-        target = out if len(formats) == 1 else out / name
-        exporting.write(plan, checkpoint, log, name, config, target, progress, verify)
-        outputs[name] = str(target)
+    written = exporting.write_all(plan, checkpoint, log, formats, config, out, progress, verify)
     log.close()
-    return outputs
+    return {name: str(target) for name, (target, _) in written.items()}
 
 
 def imatrix(

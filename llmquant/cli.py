@@ -528,7 +528,9 @@ def _how_to_go_on(doing: str, done: int, again: bool) -> str:
         return "What is finished stays as it is, but the same command needs another --out."
     if doing == "quantizing layers":
         return f"Finished layers are kept; the same command goes on from layer {done}."
-    return "Nothing is half-written, and finished layers are kept; the same command goes on from there."
+    if doing.startswith(("evaluating", "scoring", "residual")):
+        return "What was quantized is complete, and `llmquant eval` can measure it."
+    return "Nothing is half-written; the same command goes on with what is finished."
 
 
 def _show(rows: list[Row]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,8 @@ COPIED = {".json", ".model", ".txt", ".jinja"}
 class Source(Protocol):
     """Where quantized linears come from: a work folder, or the checkpoint itself."""
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return a linear."""
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return a linear, or the first rows of it."""
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
@@ -107,7 +107,7 @@ class _Shapes(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         return torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype, device="meta")
 
-    def load(self, linear: Linear) -> QuantizedTensor:
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
         return placeholder(linear)
 
     def pieces(
@@ -155,6 +155,27 @@ def write(
     return Written(written, hashes)
 
 
+def write_all(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: Source,
+    formats: Sequence[str],
+    config: Any,
+    out: Path,
+    progress: Callable[[str, int, int], None],
+    verify: bool = True,
+) -> dict[str, tuple[Path, Written]]:
+    """Write the folder ``out`` in one format, or with a folder in it for each of several; return folders by format."""
+    if len(formats) == 1:
+        return {formats[0]: (out, write(plan, checkpoint, source, formats[0], config, out, progress, verify))}
+    check_output(out)
+    with _whole(out) as partial:
+        return {
+            name: (out / name, write(plan, checkpoint, source, name, config, partial / name, progress, verify))
+            for name in formats
+        }
+
+
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Give an empty folder beside ``out``, which takes its place, on the disk, when the context ends well."""
@@ -166,7 +187,7 @@ def _whole(out: Path) -> Iterator[Path]:
         try:
             for path in partial.iterdir():
                 if path.name != LOCK:  # what a run that was killed has left
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield partial
             (partial / LOCK).unlink(missing_ok=True)
             for path in partial.iterdir():

@@ -211,9 +211,8 @@ def quantize(
         versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
         given_up=dict(plan.given_up),
     )
-    for name in recipe_.formats:
-        target = out if len(recipe_.formats) == 1 else out / name
-        written = export.write(plan, checkpoint, source, name, stream.config, target, progress, verify)
+    every = export.write_all(plan, checkpoint, source, recipe_.formats, stream.config, out, progress, verify)
+    for name, (target, written) in every.items():
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
@@ -344,11 +343,13 @@ class Direct:
             log.save(part, done, {name: self._records[name] for name in done}, given_up=given_up)
         progress("quantizing", len(parts), len(parts))
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return a linear, quantized."""
-        weight = self._weight(linear, 0, linear.rows)
-        done, records, _ = sites.quantize_together([linear], [weight], self._stats(linear))
-        self._records |= records
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return a linear, or the first rows of it, quantized."""
+        part = linear if rows is None else replace(linear, rows=rows)
+        weight = self._weight(part, 0, part.rows)
+        done, records, _ = sites.quantize_together([part], [weight], self._stats(linear))
+        if rows is None:
+            self._records |= records
         return done[linear.name]
 
     def pieces(

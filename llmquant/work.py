@@ -20,7 +20,7 @@ from llmquant.checkpoint import Checkpoint, atomic_save, read_json
 from llmquant.errors import CheckpointError, OutputError
 from llmquant.files import cannot_write, write_json
 from llmquant.gradients import LayerInformation
-from llmquant.grid import QuantizedTensor
+from llmquant.grid import QuantizedTensor, rows_of
 from llmquant.plan import Linear, placeholder
 
 NOTE = "work.json"
@@ -101,8 +101,11 @@ class Work:
         paths = self._parts() if part is None else [self._path(part)]
         return {name: why for path in paths for name, why in _metadata(path, "given_up").items()}
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return one linear as it was saved; raise CheckpointError where the file holds something else."""
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return one linear as it was saved, or the first rows of it.
+
+        Raises CheckpointError where the file holds something else.
+        """
         name, grid, path = linear.name, linear.grid, self._path(linear.part)
         assert grid is not None
         with _opened(path) as file:
@@ -126,7 +129,8 @@ class Work:
             params[key] = params[key].repeat_interleave(spans, 0)[: math.prod(shape)].view(*shape, -1)
         scheme = linear.activations
         ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
-        return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
+        q = QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
+        return q if rows is None else rows_of(q, 0, rows)
 
     def _information(self, layer: int) -> Path:
         return self.folder / f"{FISHER}{layer:05}.safetensors"

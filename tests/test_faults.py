@@ -271,3 +271,33 @@ def test_a_damaged_work_file_is_named_and_removing_it_mends_the_run(damage, llam
     path.unlink()
     run.quantize(llama, chosen, tmp_path / "out", work)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_folders_of_several_formats_appear_together(llama, calibrated, tmp_path):
+    chosen = recipe.load("gptq-w4g128", [*calibrated, "formats=[gptq, compressed_tensors]"])
+    run.quantize(llama, chosen, tmp_path / "whole")
+
+    def die(what, done, total):
+        if (what, done) == ("writing compressed_tensors", 2):
+            assert (tmp_path / "out.partial" / "gptq" / "model.safetensors").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work", "whole"]
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.outputs == {name: str(tmp_path / "out" / name) for name in ("gptq", "compressed_tensors")}
+    for name in report.outputs:
+        assert weights(tmp_path / "out" / name) == weights(tmp_path / "whole" / name)
+
+
+def test_a_run_that_is_stopped_while_it_is_measured_leaves_a_whole_folder(llama, calibrated, tmp_path, read_json):
+    def die(what, done, total):
+        if what == "scoring":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=calibrated, progress=die)
+    report = read_json(tmp_path / "out" / "llmquant-report.json")
+    assert report["evaluation"] == []
+    assert report["hashes"]["gptq"]["README.md"] == Digest(tmp_path / "out" / "README.md").hexdigest()

@@ -169,8 +169,10 @@ def write(
     return {path.name: digest for path, digest in files.items()}
 
 
-def read_back(folder: Path, plan: Plan, checkpoint: Checkpoint, config: Any) -> Callable[[str], Tensor]:
-    """Check the file that was written, and return what decodes a matrix by its name in the checkpoint.
+def read_back(folder: Path, plan: Plan, checkpoint: Checkpoint, config: Any) -> Callable[[str, int], Tensor | None]:
+    """Check the file that was written, and return what decodes the first rows of a matrix of the checkpoint.
+
+    That is, (name, rows) -> these rows, or None of a matrix that has them in another order in the file.
 
     config: the model's transformers configuration. Raises OutputError for a tensor that is not there as it should be.
     """
@@ -188,10 +190,9 @@ def read_back(folder: Path, plan: Plan, checkpoint: Checkpoint, config: Any) -> 
                 check_finite(gguf_file.to_float(found, (start, min(start + step, rows))), stored.name)
     entries = {entry.source: entry for entry in layout.entries}
 
-    def decoded(name: str) -> Tensor:
+    def decoded(name: str, rows: int) -> Tensor | None:
         entry = entries[name]
-        values = gguf_file.to_float(file.tensors[entry.name])
-        return values if entry.rows is None else torch.empty_like(values).index_copy_(0, entry.rows, values)
+        return None if entry.rows is not None else gguf_file.to_float(file.tensors[entry.name], (0, rows))
 
     return decoded
 
