@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -435,7 +435,7 @@ def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF 
     for key in ("quantization_config", "metadata"):
         if found.get(key):
             short = {k: f"[{len(v)} items]" if isinstance(v, list) and len(v) > 8 else v for k, v in found[key].items()}
-            out.print_json(data=short)
+            out.print_json(data=short, ensure_ascii=True)  # a token may be a piece of a character
     _write(facts, found)
 
 
@@ -456,6 +456,11 @@ def list_(
         table.add_row(f"[bold]{escape(name)}[/bold]", escape(line))
     out.print(table)
     _write(facts, found)
+
+
+def escape(text: str) -> str:
+    """Return a text from a file as one that a terminal shows and does not obey."""
+    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 class Terminated(KeyboardInterrupt):

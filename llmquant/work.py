@@ -99,7 +99,7 @@ class Work:
     def given_up(self, part: int | str | None = None) -> dict[str, str]:
         """Return the linears of a part, or of all, that could not be quantized, and why."""
         paths = self._parts() if part is None else [self._path(part)]
-        return {name: why for path in paths for name, why in _metadata(path, "given_up").items()}
+        return {name: why for path in paths for name, why in _metadata(path, "given_up", "{}").items()}
 
     def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
         """Return one linear as it was saved, or the first rows of it.
@@ -245,9 +245,9 @@ def _records(path: Path) -> dict[str, Any]:
     return found
 
 
-def _metadata(path: Path, key: str) -> dict[str, Any]:
+def _metadata(path: Path, key: str, missing: str = "") -> dict[str, Any]:
     with _opened(path) as file:
-        told = (file.metadata() or {}).get(key, "")
+        told = (file.metadata() or {}).get(key, missing)
     try:
         found = json.loads(told)
     except (ValueError, RecursionError):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -168,3 +169,30 @@ def test_a_kept_tensor_that_is_not_finite_stops_a_run_that_only_copies_it(llama,
         with pytest.raises(CheckpointError, match=r"model\.norm\.weight.* has 1 values that are NaN"):
             api.quantize(model, name, tmp_path / "out", changes=changes, evaluate=False)
         assert not list(tmp_path.glob("out*"))
+
+
+def test_a_name_in_a_file_cannot_command_the_terminal(llama, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["\x1b]0;evil\x07[red]"] = torch.zeros(1)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, out, _ = command_line(capsys, monkeypatch, "inspect", model)
+    assert code == 0
+    assert "]0;evil" in out
+    assert "[red]" in out
+    assert not {"\x1b", "\x07"} & set(out)
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    whole = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(whole, model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="A pickle can run code") as refused:
+        Checkpoint(model)
+    command = str(refused.value).partition("convert it: python -c ")[2]
+    subprocess.run(f"{sys.executable} -W ignore -c {command}", shell=True, check=True, capture_output=True)
+    converted = load_file(tmp_path / "model-safetensors" / "model.safetensors")
+    assert all(torch.equal(converted[name], tensor) for name, tensor in whole.items())
