@@ -233,7 +233,12 @@ def report(found: list[Found], disk: bool) -> str:
     for kind, case in dict.fromkeys((f.kind, f.case) for f in found):
         of = [f for f in found if (f.kind, f.case) == (kind, case)]
         rows.append([kind, case, str(len(of)), str(sum(not f.problem for f in of))])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return "\n".join(
         [
             "# Kills, full disks, signals and runs at once",

@@ -526,6 +526,7 @@ def sound_files(folder: Path) -> None:
     (folder / "text.txt").write_text(text[:20_000], "utf-8")
     (folder / "test.txt").write_text(text[20_000:30_000], "utf-8")
     groups = [*CALIBRATED, "grid.group_size=32"]
+    before = Path.cwd()
     os.chdir(folder)  # the work folder keeps the text's path as it is given
     made = {
         "gptq": ("gptq-w4g128", [*groups, "formats=[gptq]"]),
@@ -554,7 +555,7 @@ def sound_files(folder: Path) -> None:
         folder / "model", "rtn-w4g128", folder / "sensitivity", text=folder / "test.txt", grids="4,8", max_tokens=256,
         changes=["grid.group_size=32"],
     )  # fmt: skip
-    os.chdir("/")
+    os.chdir(before)
     outside = folder / "elsewhere"
     outside.mkdir()
     (outside / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
@@ -729,7 +730,12 @@ def report(outcomes: list[Outcome], seed: int) -> str:
         figures = [len(of), *codes, sum(bool(o.problem) for o in of)]
         slowest, peak = max(o.seconds for o in of), max(o.peak_bytes for o in of)
         rows.append([kind, *map(str, figures), f"{slowest:.1f}", f"{peak / 1e6:.0f}"])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     columns = ["kind", "inputs", "refused", "accepted", "failures", "slowest, s", "peak memory, MB"]
     return "\n".join(
         [

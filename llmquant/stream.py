@@ -43,7 +43,7 @@ def _check_sizes(checkpoint: Checkpoint, spec: ModelSpec, config: Any) -> None:
     text, prefix = config.get_text_config(), f"{spec.layers}."
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = getattr(text, key, None)
-        if value is not None and not 1 <= value < 2**31:
+        if isinstance(value, int | float) and not 1 <= value < 2**31:
             raise CheckpointError(f"{checkpoint.path}: its configuration has {key} {value:.5g}")
     _check_rope(getattr(text, "rope_parameters", None) or {}, f"{checkpoint.path}: its configuration: rope_parameters")
     layers = {rest.partition(".")[0] for n in checkpoint.infos if (rest := n.removeprefix(prefix)) != n}

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,9 +37,7 @@ def fuzz():
 @pytest.fixture(scope="module")
 def sound(fuzz, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
-    before = Path.cwd()
     fuzz.sound_files(folder)
-    os.chdir(before)
     return folder
 
 
