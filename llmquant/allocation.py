@@ -30,9 +30,10 @@ from torch import Tensor
 from llmquant import budget as budgets
 from llmquant import data, evaluation, plugins, run, sensitivity
 from llmquant import recipe as recipes
-from llmquant.checkpoint import check_output, read_json, write_json
+from llmquant.checkpoint import check_output, read_json
 from llmquant.errors import DataError, RecipeError
 from llmquant.evaluation import Reference
+from llmquant.files import write_json
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.recipe import Recipe

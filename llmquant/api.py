@@ -22,9 +22,10 @@ from llmquant import recipe as recipes
 from llmquant import report as reports
 from llmquant import sensitivity as sensitivities
 from llmquant.budget import Budgeted
-from llmquant.checkpoint import check_output, locate, write_json
+from llmquant.checkpoint import Digest, check_output, locate
 from llmquant.errors import DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
+from llmquant.files import write_json, write_text
 from llmquant.plan import Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
@@ -72,6 +73,8 @@ def quantize(
     noise: bool = False,
     restart: bool = False,
     memory: str | int | None = None,
+    on_error: run.OnError = "stop",
+    verify: bool = True,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Report:
@@ -86,6 +89,10 @@ def quantize(
         more often, and activations wait in files; where it cannot be done at all, PlanError is raised at once.
     noise: measure too how the error grows from layer to layer (``Report.residual_errors``), on the same text. Needs
         ``evaluate``; both models are computed once more, with the activations of both in memory.
+    on_error: "stop" where a linear cannot be quantized (numbers that are not finite, a Hessian that cannot be
+        factorised, scales that a format cannot hold), or "skip" it: it stays float, with those that read the same
+        activations, and ``Report.given_up`` says why.
+    verify: read back what was written, before it gets its name.
 
     >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
     """
@@ -94,14 +101,17 @@ def quantize(
         raise RecipeError("budget: keeps no work folder. Quantize by the recipe.yaml that it writes, with --work.")
     if memory is not None and chosen.budget is not None:
         raise RecipeError("memory: a budget measures the whole model again and again, which it does not limit")
+    if chosen.budget is not None and on_error == "skip":
+        raise RecipeError("budget: would not hold with linears left float. Leave out --on-error skip.")
     if noise and (not evaluate or (text is None and chosen.calibration is None)):
         raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
     windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
-    limit = _bytes(memory)
-    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, limit)
+    options = (on_error, verify, _bytes(memory))
+    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, *options)
     windows = windows or (held_out if evaluate else None)
     rows: list[Row] = []
     if windows is not None:
+        _finish(report, rows, model)  # whole, should measuring it be stopped
         reference = Reference(model, device, trust_remote_code)
         rows.append(
             evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
@@ -153,6 +163,7 @@ def compare(
     for one in chosen:
         report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
         windows = windows or held_out
+        _finish(report, [], model)
         reports.append(report)
     if windows is None:
         raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
@@ -162,7 +173,7 @@ def compare(
         _finish(report, [rows[0], *measured], model)
         rows += measured
     write_json(out / "report.json", {"model": str(model), "rows": [row.as_dict() for row in rows]})
-    (out / "report.md").write_text(_comparison(rows, model), "utf-8")
+    write_text(out / "report.md", _comparison(rows, model))
     return rows
 
 
@@ -189,21 +200,21 @@ def evaluate(
     return evaluation.evaluate(path, text, reference, None, device, trust_remote_code, progress=progress)
 
 
-def export(work: str | Path, formats: Sequence[str], out: str | Path, progress: Progress = silent) -> dict[str, str]:
+def export(
+    work: str | Path, formats: Sequence[str], out: str | Path, progress: Progress = silent, verify: bool = True
+) -> dict[str, str]:
     """Write a finished work folder in other formats, without calibrating again; return format -> folder.
+
+    verify: read back what was written, before it gets its name.
 
     >>> export("work", ["compressed_tensors"], "out")  # doctest: +SKIP
     """
     out = Path(out)
     check_output(out)
     plan, checkpoint, config, log = run.reopen_work(Path(work), formats)
-    outputs = {}
-    for name in formats:
-        target = out if len(formats) == 1 else out / name
-        exporting.write(plan, checkpoint, log, name, config, target, progress)
-        outputs[name] = str(target)
+    written = exporting.write_all(plan, checkpoint, log, formats, config, out, progress, verify)
     log.close()
-    return outputs
+    return {name: str(target) for name, (target, _) in written.items()}
 
 
 def imatrix(
@@ -292,10 +303,7 @@ def budget(
         raise OutputError(f"{out}: a recipe is a file whose name ends in .yaml")
     found = sensitivity if isinstance(sensitivity, Sensitivity) else sensitivities.read(Path(sensitivity))
     filled = budgets.fill(model, _recipe(recipe, changes), found, size, out.stem, trust_remote_code)
-    try:
-        out.write_text(recipes.dump(filled.recipe), "utf-8")
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+    write_text(out, recipes.dump(filled.recipe))
     return filled
 
 
@@ -312,12 +320,15 @@ def _run(
     restart: bool,
     trust_remote_code: bool,
     progress: Progress,
+    on_error: run.OnError = "stop",
+    verify: bool = True,
     memory_limit: int | None = None,
 ) -> tuple[Report, Windows | None]:
     """Quantize by a recipe, with a budget or without; return the report, and held-out text if there is."""
     if recipe.budget is not None:
         return allocation.quantize(model, recipe, out, device, restart, trust_remote_code, progress)
-    return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress, memory_limit)
+    options = (on_error, verify, memory_limit)
+    return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress, *options)
 
 
 def _bytes(size: str | int | None) -> int | None:
@@ -349,12 +360,9 @@ def _finish(report: Report, rows: Sequence[Row], model: str | Path) -> None:
     inherited = reports.front_matter(readme.read_text("utf-8", errors="replace")) if readme.is_file() else {}
     for format_, folder in report.outputs.items():
         mine = [row for row in rows if row.recipe == "float" or row.path == folder]
-        try:
-            write_json(Path(folder) / "llmquant-report.json", report.as_dict())
-            card = reports.model_card(report, mine, format_, str(model), inherited)
-            (Path(folder) / "README.md").write_text(card, "utf-8")
-        except OSError as error:
-            raise OutputError(f"{folder}: the report cannot be written: {error.strerror}") from None
+        write_text(Path(folder) / "README.md", reports.model_card(report, mine, format_, str(model), inherited))
+        report.hashes[format_]["README.md"] = Digest(Path(folder) / "README.md").hexdigest()
+        write_json(Path(folder) / "llmquant-report.json", report.as_dict())
 
 
 def _comparison(rows: Sequence[Row], model: str | Path) -> str:

@@ -132,10 +132,10 @@ def _check_same(found: Sensitivity, now: Mapping[str, Any]) -> None:
     keys = ["algorithm", "grid", "transforms"]
     if OWN in found.grids:
         keys += ["mixture", "rules"]
-    if before["tokens"] is not None:
+    if before.get("tokens") is not None:
         keys.append("calibration")
     different = [key for key in keys if before["recipe"].get(key) != now["recipe"].get(key)]
-    if before["imatrix"] != now["imatrix"]:  # their contents: the files may have moved
+    if before.get("imatrix") != now["imatrix"]:  # their contents: the files may have moved
         different.append("imatrix")
     if different:
         key = different[0]

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmquant.errors import CheckpointError, OutputError
+from llmquant.errors import CheckpointError, LlmquantError, OutputError
+from llmquant.files import replacing, write_json
 from llmquant.models.spec import ModelSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,6 +37,9 @@ ORDER = (torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4
 """In which safetensors sorts tensors, backwards."""
 METADATA = {"format": "pt"}
 SHARD_BYTES = 5_000_000_000
+MOST_JSON = 1 << 28  # bytes; the largest tokenizers have a tenth of that
+FOLLOWED = ("configuration_files", "fast_tokenizer_files", "vocab_file", "merges_file", "tokenizer_file", "spm_file")
+"""Keys by which transformers finds further files."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,10 @@ class Checkpoint:
         if pickles:
             raise CheckpointError(
                 f"{self.folder}: holds {pickles[0]} but no {SINGLE}. A pickle can run code when it is loaded, so it is "
-                "not read here; if you trust it, convert it with transformers: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+                "not read here. If you trust it, convert it: "
+                'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+                f"m, new = {str(self.folder)!r}, {f'{self.folder}-safetensors'!r}; "
+                'M.from_pretrained(m).save_pretrained(new); T.from_pretrained(m).save_pretrained(new)"'
             )
         raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}; there are no weights in it")
 
@@ -212,6 +219,8 @@ class Digest:
 
 def check_finite(tensor: Tensor, where: str) -> None:
     """Raise CheckpointError when a tensor holds NaN or infinite values."""
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):  # which torch cannot add up
+        tensor = tensor.float()
     if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():  # a sum is quick
         raise CheckpointError(
             f"{where} has {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite. The file is damaged, "
@@ -222,7 +231,11 @@ def check_finite(tensor: Tensor, where: str) -> None:
 def locate(model: str | Path) -> Path:
     """Return the local folder of a model, downloading a hub id's safetensors, configuration, tokenizer and card."""
     path = Path(model)
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(path)[:200]}: cannot be opened: {error.strerror}") from None
+    if exists or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         return path
     try:
         return Path(
@@ -237,9 +250,47 @@ def locate(model: str | Path) -> Path:
         ) from None
 
 
+@contextmanager
+def by_library(path: Path, what: str) -> Iterator[None]:
+    """While active, whatever a library raises over the contents of a file becomes one CheckpointError.
+
+    what: that cannot be done. There is no narrower class to catch: tokenizers raises bare Exceptions, and transformers
+    what its code happens to meet in a configuration.
+    """
+    try:
+        yield
+    except LlmquantError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code that it brings along. If you trust that: --trust-remote-code"
+        reason = reason[:300] or type(error).__name__
+        raise CheckpointError(f"{path}: {what}: {reason}") from error
+
+
+def check_followed(folder: Path) -> None:
+    """Raise CheckpointError when a configuration names a file of the tokenizer or model outside of the folder."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        config = read_json(folder / name, "it is there")
+        for key in FOLLOWED:
+            value = config.get(key)
+            for file in value if isinstance(value, list) else [value]:
+                # an author's own path is harmless where it does not exist
+                if isinstance(file, str) and Path(file).name != file and os.path.lexists(folder / file[:4096]):
+                    raise CheckpointError(
+                        f"{folder / name}: {key} is {file!r}, which is not a file of this folder. Remove the key, or "
+                        "copy the file here and name it alone."
+                    )
+
+
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """Return a JSON object from a file, or raise CheckpointError."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, more than the {MOST_JSON} that are read")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {why}") from None
@@ -328,17 +379,10 @@ def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + length + -length % 8 + at
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file beside its place, flush it to the disk, then give it its name."""
-    beside = path.with_name(path.name + ".partial")
-    save_file(tensors, beside, metadata=metadata)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], kept: str) -> None:
+    """Write one safetensors file, whole or not at all; raise OutputError. kept: what remains, and the remedy."""
+    with replacing(path, kept) as beside:
+        save_file(tensors, beside, metadata=metadata)
 
 
 def check_output(folder: Path) -> None:

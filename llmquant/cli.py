@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import llmquant
-from llmquant.errors import LlmquantError, OutputError, RecipeError
+from llmquant.errors import LlmquantError, RecipeError
 
 if TYPE_CHECKING:
+    from llmquant import run
     from llmquant.evaluation import Row
     from llmquant.plan import Plan
     from llmquant.progress import Progress as Tell
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+LEFT_FLOAT = 3  # exit code
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")]
@@ -46,6 +49,7 @@ TensorTypes = Annotated[
     list[str],
     typer.Option("--tensor-type", help="REGEX=TYPE for matrices of a GGUF file by name; may be repeated, first wins."),
 ]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read back what was written.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model folder's own Python code run.")]
 
 
@@ -68,7 +72,7 @@ def demo(
     """
     from llmquant import demo as demonstration
 
-    with _progress() as tell:
+    with _progress(again=False) as tell:
         rows, written = demonstration.run(folder, tell)
     _show(rows)
     out.print(f"Written below {escape(str(written))}: packed weights, model cards, report.md and report.json")
@@ -161,10 +165,21 @@ def quantize(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew in a used work folder.")] = False,
     memory: Memory = None,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            help="stop, or skip: a linear that cannot be quantized stays float, with those that read the same "
+            "activations; the report names them, and the exit code is 3."
+        ),
+    ] = "stop",
+    no_verify: NoVerify = False,
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
     """Quantize a model and write it. The same command after a crash goes on where it stopped.
+
+    Exit codes: 0 done; 2 the input cannot be done, and the message says why; 3 written, but linears that could not be
+    quantized were left float (--on-error skip); 130 and 143 stopped by Ctrl-C and SIGTERM.
 
     Example: llmquant quantize org/model gptq-w4g128 --out out --set calibration.path=text.txt
     """
@@ -172,6 +187,8 @@ def quantize(
 
     if budget and budget_like:
         raise RecipeError("--budget, --budget-like: give one of them")
+    if on_error not in ("stop", "skip"):
+        raise LlmquantError(f"--on-error {on_error}: there are stop and skip")
     keys = {"max_shard_size": split, "budget": budget or budget_like, "selection.path": select}
     with _progress() as tell:
         report = api.quantize(
@@ -190,6 +207,8 @@ def quantize(
             noise=noise,
             restart=restart,
             memory=memory,
+            on_error=cast("run.OnError", on_error),
+            verify=not no_verify,
             trust_remote_code=trust,
             progress=tell,
         )
@@ -211,6 +230,8 @@ def quantize(
     for name, target in report.outputs.items():
         out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
     _write(facts, report.as_dict())
+    if report.given_up:
+        raise typer.Exit(LEFT_FLOAT)
 
 
 @app.command()
@@ -218,6 +239,7 @@ def export(
     work: Annotated[Path, typer.Argument(help="A work folder of `llmquant quantize --work`.")],
     formats: Formats,
     folder: OutFolder,
+    no_verify: NoVerify = False,
     facts: Facts = None,
 ) -> None:
     """Write a finished work folder in another format, without calibrating again.
@@ -227,7 +249,7 @@ def export(
     from llmquant import api
 
     with _progress() as tell:
-        written = api.export(work, formats, folder, tell)
+        written = api.export(work, formats, folder, tell, verify=not no_verify)
     for name, target in written.items():
         out.print(f"{name}: {escape(target)}")
     _write(facts, written)
@@ -284,7 +306,7 @@ def compare(
     """
     from llmquant import api
 
-    with _progress() as tell:
+    with _progress(again=False) as tell:
         rows = api.compare(
             model,
             recipes,
@@ -420,7 +442,7 @@ def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF 
     for key in ("quantization_config", "metadata"):
         if found.get(key):
             short = {k: f"[{len(v)} items]" if isinstance(v, list) and len(v) > 8 else v for k, v in found[key].items()}
-            out.print_json(data=short)
+            out.print_json(data=short, ensure_ascii=True)  # a token may be a piece of a character
     _write(facts, found)
 
 
@@ -443,8 +465,22 @@ def list_(
     _write(facts, found)
 
 
+def escape(text: str) -> str:
+    """Return a text from a file as one that a terminal shows and does not obey."""
+    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line: what the input caused is one message and exit code 2, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except LlmquantError as error:
@@ -468,8 +504,11 @@ def _with(changes: list[str], formats: list[str], pure: bool = False, tensor_typ
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
-    """Show a bar for what is being done, on a terminal; nothing elsewhere."""
+def _progress(again: bool = True) -> Iterator[Tell]:
+    """Show a bar for what is being done, on a terminal; nothing elsewhere.
+
+    again: whether the same command can be given again when it was stopped.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # this process is the command line's own
@@ -478,10 +517,11 @@ def _progress() -> Iterator[Tell]:
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         task = bars.add_task("starting", total=None)
-        doing = ""
+        doing, at = "", 0
 
         def tell(what: str, done: int, total: int) -> None:
-            nonlocal doing
+            nonlocal doing, at
+            at = done
             if what != doing:
                 bars.reset(task, description=what, total=total)
                 doing = what
@@ -489,9 +529,20 @@ def _progress() -> Iterator[Tell]:
 
         try:
             yield tell
-        except KeyboardInterrupt:
-            err.print("Stopped. The work folder is kept; the same command goes on from there.")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            bars.stop()
+            err.print(f"Stopped{f' while {doing}' if doing else ''}. {_how_to_go_on(doing, at, again)}", soft_wrap=True)
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+def _how_to_go_on(doing: str, done: int, again: bool) -> str:
+    if not again:
+        return "What is finished stays as it is, but the same command needs another --out."
+    if doing == "quantizing layers":
+        return f"Finished layers are kept; the same command goes on from layer {done}."
+    if doing.startswith(("evaluating", "scoring", "residual")):
+        return "What was quantized is complete, and `llmquant eval` can measure it."
+    return "Nothing is half-written; the same command goes on with what is finished."
 
 
 def _show(rows: list[Row]) -> None:
@@ -560,7 +611,6 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
 def _write(path: Path | None, facts: Any) -> None:
     if path is None:
         return
-    try:
-        path.write_text(json.dumps(facts, indent=2, default=str) + "\n", "utf-8")
-    except OSError as error:
-        raise OutputError(f"--json {path}: cannot be written: {error.strerror}") from None
+    from llmquant.files import write_text
+
+    write_text(path, json.dumps(facts, indent=2, default=str) + "\n")

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmquant import protocols
-from llmquant.errors import CheckpointError, DataError
+from llmquant.checkpoint import by_library, check_followed
+from llmquant.errors import DataError
 
 BATCH = 64  # documents tokenized at a time; more would read a stream further than needed
 HELD_OUT = 16  # sequences kept back to measure on, as far as the text gives them
@@ -100,11 +101,11 @@ class CalibrationTokens:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model folder, or raise CheckpointError."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder}: has no tokenizer that transformers can load: {first}") from None
+    check_followed(folder)
+    with by_library(folder, "has no tokenizer that transformers can load"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # not all that is wrong with it shows before
+    return tokenizer
 
 
 def documents(source: TextSource, tokenizer: Any) -> Iterator[str]:
@@ -227,11 +228,13 @@ def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
 
 def _read(path: Path) -> str:
     try:
+        if path.is_char_device() or path.is_block_device():
+            raise DataError(f"{path}: is a device, not a text")
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
         raise DataError(f"{path}: is empty")

@@ -11,30 +11,39 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
-from llmquant import plugins, recipe
+from llmquant import plugins, readback, recipe
 from llmquant.checkpoint import (
     INDEX,
     SHARD_BYTES,
     Checkpoint,
     Digest,
+    check_finite,
     check_output,
     shards_bytes,
-    write_json,
     write_shards,
 )
 from llmquant.errors import FormatError, OutputError
+from llmquant.files import cannot_write, sync, write_json, write_text
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Linear, Plan, placeholder
 
+LOCK = ".lock"
+KEPT = (
+    "Nothing is left half-written, and finished layers are kept. Make room or choose another --out, and run the same "
+    "command again."
+)
 COPIED = {".json", ".model", ".txt", ".jinja"}
 """Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
 
@@ -43,8 +52,8 @@ COPIED = {".json", ".model", ".txt", ".jinja"}
 class Source(Protocol):
     """Where quantized linears come from: a work folder, or the checkpoint itself."""
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return a linear."""
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return a linear, or the first rows of it."""
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
@@ -98,7 +107,7 @@ class _Shapes(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         return torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype, device="meta")
 
-    def load(self, linear: Linear) -> QuantizedTensor:
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
         return placeholder(linear)
 
     def pieces(
@@ -115,43 +124,88 @@ def write(
     config: Any,
     out: Path,
     progress: Callable[[str, int, int], None],
+    verify: bool = True,
 ) -> Written:
-    """Write the folder ``out``; it appears under its name only when it is complete.
+    """Write the folder ``out``; it appears under its name only when it is complete, and reads back as it should.
 
-    config: the model's transformers configuration.
+    config: the model's transformers configuration. verify: read it back (``llmquant.readback``).
+
+    Raises OutputError where that cannot be done, and then leaves nothing of it.
     """
     check_output(out)
     exporter = plugins.load("exporters", format_, "format")
-    partial = out.with_name(out.name + ".partial")
 
     def tell(done: int, total: int) -> None:
         progress(f"writing {format_}", done, total)
 
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _whole(out) as partial:
+        told: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if hasattr(exporter, "write"):
             hashes: dict[str, str] = exporter.write(partial, plan, checkpoint, source, config, tell)
             written = sum((partial / name).stat().st_size for name in hashes)
         else:
             hashes = {}
-            written = _write_folder(partial, plan, checkpoint, source, exporter, tell)
-        (partial / "recipe.yaml").write_text(recipe.dump(plan.recipe), "utf-8")
-        rest = [path for path in sorted(partial.iterdir()) if path.name not in hashes]
+            written = _write_folder(partial, plan, checkpoint, source, exporter, tell, told)
+        write_text(partial / "recipe.yaml", recipe.dump(plan.recipe))
+        if verify:
+            progress("reading back", 0, 1)
+            readback.check(partial, plan, checkpoint, source.load, format_, config, told)
+        rest = [path for path in sorted(partial.iterdir()) if path.name not in hashes and path.name != LOCK]
         hashes |= {path.name: Digest(path).hexdigest() for path in rest}
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(
-            f"{out}: cannot be written: {error.strerror or error}. The work folder is kept; make room or choose "
-            "another --out, and run the same command again."
-        ) from None
-    except BaseException:  # a broken tensor, or Ctrl-C
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Written(written, hashes)
+
+
+def write_all(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: Source,
+    formats: Sequence[str],
+    config: Any,
+    out: Path,
+    progress: Callable[[str, int, int], None],
+    verify: bool = True,
+) -> dict[str, tuple[Path, Written]]:
+    """Write the folder ``out`` in one format, or with a folder in it for each of several; return folders by format."""
+    if len(formats) == 1:
+        return {formats[0]: (out, write(plan, checkpoint, source, formats[0], config, out, progress, verify))}
+    check_output(out)
+    with _whole(out) as partial:
+        return {
+            name: (out / name, write(plan, checkpoint, source, name, config, partial / name, progress, verify))
+            for name in formats
+        }
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``out``, which takes its place, on the disk, when the context ends well."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial / LOCK)
+        lock.acquire(timeout=0)
+        try:
+            for path in partial.iterdir():
+                if path.name != LOCK:  # what a run that was killed has left
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield partial
+            (partial / LOCK).unlink(missing_ok=True)
+            for path in partial.iterdir():
+                sync(path)
+            sync(partial)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+            sync(out.parent)
+        except BaseException:  # a full disk, a broken tensor, or Ctrl-C
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+    except Timeout:
+        raise OutputError(f"{out}: another run is writing it. Wait for that, or choose another --out") from None
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(out, error, KEPT) from None
 
 
 def _write_folder(
@@ -161,9 +215,21 @@ def _write_folder(
     source: Source,
     exporter: ModuleType,
     tell: Callable[[int, int], None],
+    told: dict[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> int:
-    """Write a model folder like the float one, and return the size of its weights."""
-    written = write_shards(folder, _tensors(plan, checkpoint, source, exporter, tell), _shard_bytes(plan))
+    """Write a model folder like the float one, and return the size of its weights.
+
+    told: gets the dtype and shape of every tensor.
+    """
+    if not plan.quantized:
+        raise FormatError("no linear is left to quantize, and a packed folder needs one. Change the recipe's grid")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in _tensors(plan, checkpoint, source, exporter, tell):
+            told[name] = tensor.dtype, tuple(tensor.shape)
+            yield name, tensor
+
+    written = write_shards(folder, tensors(), _shard_bytes(plan))
     config = dict(checkpoint.config)
     grids = {name: linear.grid for name, linear in plan.quantized.items()}
     named = (*grids, *plan.floats) if plan.spec.renamed else ()
@@ -209,6 +275,8 @@ def _tensors(
         if linear is None or linear.grid is None:
             stored_as = f"{plan.spec.embed}.weight" if name not in checkpoint else name
             tensor = checkpoint.read(stored_as).to(checkpoint.infos[stored_as].dtype)
+            if not tensor.is_meta:
+                check_finite(tensor, f"{checkpoint.folder}: {stored_as}")
             yield key, tensor.clone() if name not in checkpoint else tensor
             continue
         q = source.load(linear)

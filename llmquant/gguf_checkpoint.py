@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmquant import gguf_file
-from llmquant.checkpoint import Checkpoint, TensorInfo
+from llmquant.checkpoint import Checkpoint, TensorInfo, by_library
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.exporters.gguf import families, vocabulary
 from llmquant.models import moe, spec_for
@@ -27,11 +26,12 @@ class GgufCheckpoint(Checkpoint):
         stored = self.file.tensors
         extra = {n: gguf_file.to_float(t)[0] for n, t in stored.items() if n.startswith("rope_")}
         try:
-            config = families.configuration(self.file.metadata, extra, stored)
+            with by_library(path, "transformers has no configuration for its metadata"):
+                config = families.configuration(self.file.metadata, extra, stored)
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
         self.model_config = config
-        with init_empty_weights():
+        with by_library(path, "transformers cannot build the model of its metadata"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
         spec = moe.unfused(model, spec_for(self.config))
@@ -63,7 +63,8 @@ class GgufCheckpoint(Checkpoint):
     def tokenizer(self) -> Any:
         """Return the tokenizer that the file holds, or raise FormatError."""
         try:
-            return vocabulary.tokenizer(self.file.metadata)
+            with by_library(self.path, "no tokenizer can be made of its metadata"):
+                return vocabulary.tokenizer(self.file.metadata)
         except FormatError as error:
             raise FormatError(f"{self.path}: {error}. Give the model folder it was made from by --reference") from None
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llmquant import gguf_file
 from llmquant.errors import CheckpointError
+from llmquant.files import replacing
 from llmquant.stats import Stats
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -96,8 +97,12 @@ def read(path: Path) -> Imatrix:
 
 def write(path: Path, imatrix: Imatrix) -> None:
     """Write the GGUF form, byte for byte as llama-imatrix does; the file appears when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, arch="")  # an imatrix has none
+    with replacing(path) as beside:
+        _write(beside, imatrix)
+
+
+def _write(path: Path, imatrix: Imatrix) -> None:
+    writer = gguf.GGUFWriter(path, arch="")  # an imatrix has none
     writer.add_type("imatrix")
     writer.add_array(DATASETS, list(imatrix.datasets) or [""])  # the writer has no empty arrays
     writer.add_uint32(CHUNK_COUNT, imatrix.chunk_count)
@@ -111,7 +116,6 @@ def write(path: Path, imatrix: Imatrix) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(partial, path)
 
 
 def _broken(path: Path, what: str) -> CheckpointError:
@@ -129,7 +133,7 @@ def _read_gguf(path: Path) -> Imatrix:
     chunks: dict[str, int] = {}
     for key in (CHUNK_COUNT, CHUNK_SIZE):
         number = metadata.get(key)
-        if not isinstance(number, int) or number < 0:
+        if not isinstance(number, int) or not 0 <= number < 2**31:
             raise _broken(path, f"{key} is {number!r}")
         chunks[key] = number
     entries: dict[str, Entry] = {}

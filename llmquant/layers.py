@@ -22,7 +22,18 @@ from llmquant.models import moe
 from llmquant.models.spec import Site
 from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress
-from llmquant.sites import Goal, Layer, Quantized, accumulator, information_of, local_name, put, quantize_together
+from llmquant.sites import (
+    GIVEN_UP,
+    Goal,
+    Layer,
+    Quantized,
+    accumulator,
+    check_packable,
+    information_of,
+    local_name,
+    put,
+    quantize_together,
+)
 from llmquant.stats import Sample, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
@@ -32,8 +43,12 @@ ENOUGH_BY_COLUMN = 4
 
 
 @torch.no_grad()
-def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress) -> None:
+def quantize_layers(
+    plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, progress: Progress, skip: bool = False
+) -> None:
     """Quantize everything in the order of computation, and keep each part in the work folder as it is finished.
+
+    skip: leave float what cannot be quantized, with those that read the same activations.
 
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
     for as many of the first tokens as that needs.
@@ -47,7 +62,9 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
         for linear in (x for x in outside if x.lookup):
             if not log.has(linear.part):
                 stats = lookup_stats(plan, stream, linear, tokens, information, places["all"])
-                _save_outside(log, linear, stream.embedding_weight(), stats)
+                _save_outside(plan, log, linear, stream.embedding_weight(), stats, skip)
+            if linear.name in log.given_up(linear.part):
+                continue
             stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
         heads = [x for x in outside if not x.lookup and not log.has(x.part)]
         activations = stream.start(tokens, places["quantized"])
@@ -57,14 +74,15 @@ def quantize_layers(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor, 
             progress("quantizing layers", index, plan.layers)
             last = index == plan.layers - 1 and not heads
             if not log.has(index):
-                _quantize_layer(plan, stream, log, index, activations, aimed, go_on=not last)
+                _quantize_layer(plan, stream, log, index, activations, aimed, not last, skip)
             elif not last:
                 _pass_finished(plan, stream, log, index, activations, aimed)
         if heads:
             stream.load()
         for linear in heads:
             aim = aimed if plan.recipe.mismatch_correction else None
-            _save_outside(log, linear, stream.head_weight(), head_stats(stream, tokens, activations, plan, aim))
+            stats = head_stats(stream, tokens, activations, plan, aim)
+            _save_outside(plan, log, linear, stream.head_weight(), stats, skip)
     progress("quantizing layers", plan.layers, plan.layers)
 
 
@@ -76,8 +94,9 @@ def _pass_finished(
         if aimed is not None:
             stream.run(layer, index, aimed)
         rounding: dict[str, Inputs] = {}
+        given_up = log.given_up(index)
         for linear in plan.of_layer(index):
-            if linear.grid is not None:
+            if linear.grid is not None and linear.name not in given_up:
                 put(layer, plan, linear, log.load(linear), rounding)
         _put_floats(layer, plan, index, {name: log.load_float(index, name) for name in log.floats(index)})
         with calibrate.rounded(layer, plan.spec.sites_of(index), rounding):
@@ -92,8 +111,12 @@ def _quantize_layer(
     activations: Activations,
     aimed: Activations | None,
     go_on: bool,
+    skip: bool,
 ) -> None:
-    """Quantize a layer and keep it. ``go_on``: leave its outputs in the activations."""
+    """Quantize a layer and keep it.
+
+    go_on: leave its outputs in the activations. skip: leave float what cannot be quantized.
+    """
     with stream.layer(index) as layer:
         goal = None if aimed is None else Goal(copy.deepcopy(layer), aimed)
         told: dict[str, Any] = {}
@@ -106,7 +129,8 @@ def _quantize_layer(
                 goal.scales = scales
         with_goal = goal if plan.recipe.mismatch_correction else None
         learns = plan.recipe.learned_rounding is not None
-        done = Layer(plan, stream, layer, index, activations, with_goal, outputs).quantize(go_on and not learns)
+        rounded = Layer(plan, stream, layer, index, activations, with_goal, outputs, skip)
+        done = rounded.quantize(go_on and not learns)
         if learns:
             assert goal is not None
             assert known is not None
@@ -114,7 +138,7 @@ def _quantize_layer(
             _learn(plan, stream, layer, index, activations, goal, known, done)
             stream.run(layer, index, activations)
         records = {name: record | told.get(name, {}) for name, record in done.records.items()}
-        log.save(index, done.linears, records, floats | done.biases)
+        log.save(index, done.linears, records, floats | done.biases | done.floats, done.given_up)
         log.drop_information(index)
 
 
@@ -123,8 +147,16 @@ def enough(linears: Sequence[Linear]) -> int:
     return max([ENOUGH, *(ENOUGH_BY_COLUMN * x.cols for x in linears)])
 
 
-def _save_outside(log: work.Work, linear: Linear, weight: Tensor, stats: Stats) -> None:
-    done, records, _ = quantize_together([linear], [weight], stats)
+def _save_outside(plan: Plan, log: work.Work, linear: Linear, weight: Tensor, stats: Stats, skip: bool = False) -> None:
+    try:
+        done, records, _ = quantize_together([linear], [weight], stats)
+        if skip:
+            check_packable(plan, done)
+    except GIVEN_UP as error:
+        if not skip:
+            raise
+        log.save(linear.part, {}, {}, given_up={linear.name: str(error)})
+        return
     log.save(linear.part, done, records)
 
 
@@ -140,7 +172,7 @@ def _learn(
 ) -> None:
     """Give a layer's linears learned codes. The activations of ``goal`` are the layer's outputs already."""
     assert plan.recipe.learned_rounding is not None
-    linears = {local_name(plan, x): x for x in plan.of_layer(index) if x.grid}
+    linears = {local_name(plan, x): x for x in plan.of_layer(index) if x.name in done.linears}
     tuned, told = learned.tune(
         layer,
         {local: done.linears[x.name] for local, x in linears.items()},

@@ -1,11 +1,15 @@
-"""Few regular expressions for many module names, so that a config file stays readable."""
+"""Regular expressions for module names: few that stand for many, and a match that always comes to an end."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Literal
 
+import regex
+
+SECONDS = 0.5  # that a match may take; a sound one takes microseconds
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -38,6 +42,25 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> dict[str, list[str]
             head, *tail = (f"{head}({layers}){tail[0]}", *tail[1:])
         found[r"\d+".join((head, *tail)) + "$"] = free
     return found
+
+
+def matches(pattern: str, name: str, how: Literal["match", "fullmatch", "search"], ignore_case: bool = False) -> bool:
+    """Return whether a regular expression from a recipe or a configuration fits a name.
+
+    Raises ValueError for what is no regular expression, or one that tries too many ways to fit.
+
+    >>> matches("(a+)+$", "aaaa", "match"), matches("A", "bab", "search", ignore_case=True)
+    (True, True)
+    """
+    try:
+        compiled = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+        return getattr(compiled, how)(name, timeout=SECONDS) is not None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise ValueError(
+            f"tries for more than {SECONDS:g} s to fit {name!r:.100}. Take out nested repetitions"
+        ) from None
 
 
 def _template(name: str) -> str:

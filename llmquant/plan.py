@@ -95,6 +95,7 @@ class Plan:
     files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
     placement: Placement = "waiting"
     peaks: Mapping[str, int] = field(default_factory=dict)  # phase of the run -> bytes of memory that it needs at most
+    given_up: Mapping[str, str] = field(default_factory=dict)  # linears that could not be quantized -> why
 
     @property
     def quantized(self) -> dict[str, Linear]:
@@ -107,6 +108,31 @@ class Plan:
         for linear in self.quantized.values():
             found.setdefault(linear.part, []).append(linear)
         return found
+
+    def without(self, reasons: Mapping[str, str]) -> Plan:
+        """Return the plan in which linears that could not be quantized stay float.
+
+        So do those that read the same activations: many runtimes compute them as one matrix.
+
+        reasons: by name.
+        """
+        if not reasons:
+            return self
+        left = dict(reasons)
+        for site in (self.of_layer(i, site) for i in range(self.layers) for site in self.spec.sites_of(i)):
+            because = next((x.name for x in site if x.name in reasons), "")
+            if because:
+                left |= {x.name: f"as {because}" for x in site if x.grid and x.name not in reasons}
+        linears = [
+            replace(x, grid=None, choice=None, note=f"left float: {left[x.name]}") if x.name in left else x
+            for x in self.linears
+        ]
+        for name in self.recipe.formats:
+            exporter = plugins.load("exporters", name, "formats")
+            if hasattr(exporter, "check_together"):
+                exporter.check_together({x.name: x.grid for x in linears})
+        floats = tuple(sorted({*self.floats, *left}))
+        return replace(self, linears=tuple(linears), floats=floats, given_up=left)
 
     @property
     def notes(self) -> list[str]:

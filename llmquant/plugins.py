@@ -68,13 +68,13 @@ def validate(cls: Any, values: Any, where: str) -> Any:
         elif fault["type"] == "value_error":
             message = fault["msg"].removeprefix("Value error, ")
         else:
-            message = f"{fault['msg']} (got {fault['input']!r})"
+            message = f"{fault['msg']} (got {fault['input']!r:.200})"
         raise RecipeError(f"{place}: {message}") from None
 
 
 def hint(word: str, known: Iterable[str]) -> str:
     """Return ' Did you mean …?' or, when nothing is near, ' Known: …'."""
-    known = sorted(known)
+    known, word = sorted(known), word[:100]
     close = difflib.get_close_matches(word, known, n=1) or [k for k in known if k.startswith(word)][:1]
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 

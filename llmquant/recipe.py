@@ -11,13 +11,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmquant import plugins
+from llmquant import patterns, plugins
 from llmquant.activations import ActivationScheme
 from llmquant.data import Calibration, TextSource
 from llmquant.errors import RecipeError
 from llmquant.learned import LearnedRounding
 
 _PACKAGE = Path(__file__).parent
+MOST_BYTES = 1 << 20  # of a recipe; a budget's rules for a large model have a hundredth of that
+MOST_DEPTH = 20  # of its lists and mappings
 
 
 class Rule(BaseModel):
@@ -149,6 +151,13 @@ class Recipe(BaseModel):
             raise RecipeError(
                 "grid: a recipe needs a grid, or else a mixture; this one has " + ("both" if self.grid else "neither")
             )
+        if (
+            Path(self.name).name != self.name
+            or self.name in ("", "..")
+            or not self.name.isprintable()
+            or len(self.name) > 100
+        ):
+            raise RecipeError(f"name: {self.name!r:.200} is not a name that a folder can have")
         self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
         self.rewrites  # noqa: B018  (and every transform)
@@ -225,7 +234,10 @@ def matches(pattern: str, name: str) -> bool:
     False
     """
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return patterns.matches(pattern[3:], name, "fullmatch")
+        except ValueError as error:
+            raise RecipeError(f"match: {pattern!r:.200} {error}") from None
     return fnmatch.fnmatchcase(name, pattern)
 
 
@@ -253,11 +265,14 @@ def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
             )
         path = shipped()[str(recipe)]
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path}: is not a file")
+        with path.open("rb") as file:
+            values = _plain(file.read(MOST_BYTES + 1).decode("utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not YAML: {error}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: is not YAML that a recipe can be: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path}: holds {type(values).__name__}, not a mapping of keys such as `grid` and `algorithm`"
@@ -267,6 +282,27 @@ def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
         _apply(values, change)
     loaded: Recipe = plugins.validate(Recipe, values, "")
     return loaded
+
+
+def _plain(text: str) -> Any:
+    """Return the values of a YAML text; raise ValueError for what is not plain data.
+
+    With aliases a few lines can stand for gigabytes, so there are none; tags, by which YAML makes objects, are unknown
+    to the loader.
+    """
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} characters")
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"*{event.anchor}: aliases are not read. Write the value out")
+            if depth > MOST_DEPTH:
+                raise ValueError(f"it has more than {MOST_DEPTH} levels")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -291,8 +327,8 @@ def _apply(values: dict[str, Any], change: str) -> None:
         index: Any = int(step) if isinstance(node, list) else step
         if depth == len(path):
             try:
-                node[index] = yaml.safe_load(text)
-            except yaml.YAMLError:
+                node[index] = _plain(text)
+            except ValueError:
                 node[index] = text
         else:
             if isinstance(node, dict) and node.get(step) is None:
@@ -303,8 +339,8 @@ def _apply(values: dict[str, Any], change: str) -> None:
 def _check_pattern(pattern: str, where: str) -> None:
     try:
         matches(pattern, "")
-    except re.error as error:
-        raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {str(error).removeprefix('match: ')}") from None
 
 
 def _over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from llmquant import (
 )
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CheckpointError, LlmquantError, RecipeError
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -46,6 +46,8 @@ from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import BATCH_TOKENS, Stream
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Report:
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
-    outputs: format -> folder. bytes: format -> size of its weights' files.
+    outputs: format -> folder. bytes: format -> size of its weights' files. hashes: format -> SHA-256 of every file.
+    given_up: linears that could not be quantized and stayed float, and why.
     """
 
     model: str
@@ -76,6 +79,7 @@ class Report:
     residual_errors: dict[str, list[float]] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,6 +182,8 @@ def quantize(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    on_error: OnError = "stop",
+    verify: bool = True,
     memory_limit: int | None = None,
 ) -> tuple[Report, Windows | None]:
     """Quantize a model and write it in every format of the recipe; return the report, and held-out text if there is.
@@ -187,6 +193,9 @@ def quantize(
         if not given). The same call after a crash goes on from there.
     memory_limit: bytes that the process should take at most; by default all that are free. Where activations are
         depends on it, and PlanError is raised if the run needs more.
+    on_error: what to do where a linear cannot be quantized. "stop" raises the error, "skip" leaves it float, and those
+        that read the same activations; ``Report.given_up`` names them.
+    verify: read back what was written.
     """
     if recipe_.budget is not None:
         raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
@@ -208,14 +217,22 @@ def quantize(
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
-    if text is not None or work_folder is not None or len(recipe_.formats) > 1:
+    if text is not None or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip":
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
         source = work.Work(folder, fingerprint(checkpoint, plan, text), restart)
         resumed = sum(source.has(i) for i in range(plan.layers))
         if text is None:
-            direct.save(source, progress)
+            direct.save(source, progress, on_error == "skip")
         else:
-            layers.quantize_layers(plan, stream, source, text.tokens, progress)
+            layers.quantize_layers(plan, stream, source, text.tokens, progress, on_error == "skip")
+        if (given_up := source.given_up()) and on_error == "stop":
+            raise CalibrationError(
+                f"{folder}: an earlier run with --on-error skip left {len(given_up)} linears float; the first: "
+                f"{next(iter(given_up.values()))} Give --on-error skip again, or begin anew with --restart."
+            )
+        plan = plan.without(given_up)
+        source.all_records()  # what is damaged shows before anything is written
+        if text is not None:
             checkpoint = work.Transformed(checkpoint, source, plan.layers)
     report = Report(
         model=str(model),
@@ -226,10 +243,10 @@ def quantize(
         bits_per_weight=round(plan.bits_per_weight, 4),
         resumed_layers=resumed,
         versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        given_up=dict(plan.given_up),
     )
-    for name in recipe_.formats:
-        target = out if len(recipe_.formats) == 1 else out / name
-        written = export.write(plan, checkpoint, source, name, stream.config, target, progress)
+    every = export.write_all(plan, checkpoint, source, recipe_.formats, stream.config, out, progress, verify)
+    for name, (target, written) in every.items():
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
@@ -294,6 +311,7 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
             "to go on."
         )
+    plan = plan.without(log.given_up())
     return plan, work.Transformed(stream.checkpoint, log, plan.layers), stream.config, log
 
 
@@ -339,21 +357,36 @@ class Direct:
         self._importance = importance
         self._records: dict[str, Any] = {}
 
-    def save(self, log: work.Work, progress: Progress) -> None:
-        """Quantize all linears into a work folder."""
+    def save(self, log: work.Work, progress: Progress, skip: bool = False) -> None:
+        """Quantize all linears into a work folder. skip: leave out what cannot be quantized."""
         parts = self._plan.parts
         for i, (part, linears) in enumerate(parts.items()):
             progress("quantizing", i, len(parts))
-            if not log.has(part):
-                done = {x.name: self.load(x) for x in linears}
-                log.save(part, done, {name: self._records[name] for name in done})
+            if log.has(part):
+                continue
+            done: dict[str, QuantizedTensor] = {}
+            given_up: dict[str, str] = {}
+            for linear in linears:
+                try:
+                    q = self.load(linear)
+                    if skip:
+                        sites.check_packable(self._plan, {linear.name: q})
+                except sites.GIVEN_UP as error:
+                    if not skip:
+                        raise
+                    given_up[linear.name] = str(error)
+                else:
+                    done[linear.name] = q
+            log.save(part, done, {name: self._records[name] for name in done}, given_up=given_up)
         progress("quantizing", len(parts), len(parts))
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return a linear, quantized."""
-        weight = self._weight(linear, 0, linear.rows)
-        done, records, _ = sites.quantize_together([linear], [weight], self._stats(linear))
-        self._records |= records
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return a linear, or the first rows of it, quantized."""
+        part = linear if rows is None else replace(linear, rows=rows)
+        weight = self._weight(part, 0, part.rows)
+        done, records, _ = sites.quantize_together([part], [weight], self._stats(linear))
+        if rows is None:
+            self._records |= records
         return done[linear.name]
 
     def pieces(

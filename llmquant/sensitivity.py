@@ -32,8 +32,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llmquant import calibrate, data, experts, layers, plugins, run, sites
-from llmquant.checkpoint import read_json, write_json
+from llmquant.checkpoint import read_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
+from llmquant.files import cannot_write, replacing, write_json
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
 from llmquant.models import moe
@@ -390,15 +391,18 @@ def read(path: Path) -> Sensitivity:
     """Return what ``measure`` has written, or raise CheckpointError."""
     values = read_json(path, "`llmquant sensitivity` writes one")
     try:
-        found = Sensitivity(
-            **{key: values[key] for key in ("model", "recipe", "by", "protocol", "fingerprint")},
-            units=tuple(Unit(**(unit | {"linears": tuple(unit["linears"])})) for unit in values["units"]),
-            results=tuple(Measured(**result) for result in values["results"]),
-            errors=values["errors"],
-        )
-        found.costs()
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not what `llmquant sensitivity` writes: {error!r}") from None
+        found: Sensitivity = plugins.validate(Sensitivity, values, "")
+    except RecipeError as error:
+        raise CheckpointError(f"{path}: is not what `llmquant sensitivity` writes: {error}") from None
+    units = {unit.name for unit in found.units}
+    if unknown := sorted(({result.unit for result in found.results} | found.errors.keys()) - units):
+        raise CheckpointError(f"{path}: is not what `llmquant sensitivity` writes: {unknown[0]} is none of its units")
+    told = [r.kld for r in found.results] + [error for of_unit in found.errors.values() for error in of_unit.values()]
+    if not all(0 <= number < math.inf for number in told):
+        raise CheckpointError(f"{path}: has a divergence or an error that is negative or not finite")
+    model, recipe_ = found.fingerprint.get("model"), found.fingerprint.get("recipe")
+    if not isinstance(model, dict) or not {"folder", "hash"} <= model.keys() or not isinstance(recipe_, dict):
+        raise CheckpointError(f"{path}: does not tell which model and recipe it was measured for")
     return found
 
 
@@ -426,7 +430,8 @@ def draw(found: Sensitivity, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("mean KL divergence from the float model when quantized alone, nats a token")
     axes.legend()
-    figure.savefig(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:])
 
 
 class _Walk:
@@ -520,13 +525,11 @@ class _Log:
         errors = {**self._all.errors, unit.name: {**self._all.errors.get(unit.name, {}), grid: error}}
         results = self._all.results if result is None else (*self._all.results, result)
         self._all = replace(self._all, results=results, errors=errors)
-        beside = self._path.with_name(f"{FILE}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(beside, asdict(self._all))
-            beside.replace(self._path)
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from None
+            raise cannot_write(self._path, error) from None
+        write_json(self._path, asdict(self._all))
 
     def all(self) -> Sensitivity:
         """Return everything, in the order of the units."""

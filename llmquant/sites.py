@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from llmquant import activations as activation_ranges
 from llmquant import calibrate, mismatch, noise, plugins
 from llmquant.activations import Inputs
-from llmquant.errors import CalibrationError, LlmquantError
+from llmquant.checkpoint import check_finite
+from llmquant.errors import CalibrationError, FormatError, LlmquantError, NumericsError
 from llmquant.experts import Reader, Routed
 from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
 from llmquant.metrics import output_error
@@ -27,19 +28,25 @@ from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding
 
+GIVEN_UP = (CalibrationError, NumericsError, FormatError)
+"""What a run that is told to skip such linears goes on after."""
+
 
 @dataclass
 class Quantized:
     """What becomes of the linears of a layer.
 
     linears, records: by name. targets: the weights that were rounded, where rounding is learned. biases: where they
-    are corrected, as they are stored.
+    are corrected, as they are stored. given_up: linears that could not be quantized and stay float, and why. floats:
+    their weights, as stored.
     """
 
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +72,7 @@ class Layer:
 
     module: in which each quantized weight takes the place of its float one. activations: what it reads. goal: the
     float model's side, where a mismatch is corrected. outputs: the Fisher information of linears' outputs, by name in
-    the layer, where algorithms read it. done: what there is so far.
+    the layer, where algorithms read it. skip: leave a site float that cannot be quantized. done: what there is so far.
     """
 
     plan: Plan
@@ -75,6 +82,7 @@ class Layer:
     activations: Activations
     goal: Goal | None = None
     outputs: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    skip: bool = False
     done: Quantized = field(default_factory=Quantized)
     rounding: dict[str, Inputs] = field(default_factory=dict)
 
@@ -220,7 +228,23 @@ class Layer:
         if plan.recipe.bias_correction:
             aimed = [w.float() @ _aimed_mean(stats) for w in weights]
         information = {x.name: self.outputs.get(information_of(plan.spec, site, local_name(plan, x))) for x in linears}
-        quantized, told, targets = quantize_together(linears, weights, stats, plan.recipe.rewrites, uncut, information)
+        try:
+            quantized, told, targets = quantize_together(
+                linears, weights, stats, plan.recipe.rewrites, uncut, information
+            )
+            if self.skip:
+                check_packable(plan, quantized)
+        except GIVEN_UP as error:
+            if not self.skip:
+                raise
+            if site.expert:
+                raise type(error)(
+                    f"{error} It is an expert, and runtimes compute those of a layer as one matrix, so that it cannot "
+                    "stay float alone: keep all of them float by a rule."
+                ) from None
+            self.done.given_up |= {x.name: str(error) for x in linears}
+            self.done.floats |= {x.weight_name: self._as_stored(x) for x in linears}
+            return
         for linear in linears:
             put(self.module, plan, linear, quantized[linear.name], self.rounding)
         if plan.recipe.bias_correction:
@@ -229,6 +253,22 @@ class Layer:
         self.done.records |= {name: record | (known or {}) for name, record in told.items()}
         if plan.recipe.learned_rounding is not None:
             self.done.targets |= targets
+
+    def _as_stored(self, linear: Linear) -> Tensor:
+        """Round a float weight, as transforms may have left it, to the dtype it is stored in, and return it."""
+        weight = self.module.get_parameter(f"{local_name(self.plan, linear)}.weight")
+        stored = weight.to(self.stream.checkpoint.infos[linear.weight_name].dtype)
+        check_finite(stored, linear.weight_name)
+        with torch.no_grad():
+            weight.copy_(stored)
+        return stored
+
+
+def check_packable(plan: Plan, quantized: Mapping[str, QuantizedTensor]) -> None:
+    """Raise FormatError where a format of the recipe cannot hold the numbers of a linear."""
+    for name in plan.recipe.formats:
+        for q in quantized.values():
+            plugins.load("exporters", name, "formats").pack(q)
 
 
 def _aimed_mean(stats: Stats) -> Tensor:
@@ -290,6 +330,11 @@ def quantize_together(
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
     targets: dict[str, Tensor] = {}
+    if not torch.isfinite(stats.square_mean).all():
+        raise CalibrationError(
+            f"{linears[0].weight_name}: what it reads from the calibration text is not finite, or its square is not. "
+            "Its dtype may overflow, or a weight before it be broken. `llmquant eval` on the float model tells."
+        )
     rest = list(zip(linears, weights, strict=True))
     while rest:
         first = rest[0][0]

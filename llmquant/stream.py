@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,22 +20,58 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant import calibrate, memory
-from llmquant.checkpoint import Checkpoint, check_finite
-from llmquant.errors import CheckpointError, OutputError
+from llmquant.checkpoint import Checkpoint, by_library, check_finite, check_followed
+from llmquant.errors import CheckpointError
+from llmquant.files import cannot_write
 from llmquant.models import moe, spec_for
 from llmquant.models.spec import ModelSpec
 from llmquant.runtime.linear import QuantizedLinear
 
+MOST_BUFFERS = 4 << 30  # bytes of tables (rotary, masks) that a model computes for itself
 BATCH_TOKENS = 4096
 """Tokens that pass through a layer together: enough to keep matrix products busy, few enough to stay in cache."""
 
 
 def model_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the transformers configuration of a folder, or raise CheckpointError."""
-    try:
+    check_followed(folder)
+    with by_library(folder / "config.json", "transformers does not accept it"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: transformers does not accept it: {error}") from None
+
+
+def _check_sizes(checkpoint: Checkpoint, spec: ModelSpec, config: Any) -> None:
+    """Raise CheckpointError for a configuration with numbers that cannot be those of these tensors.
+
+    That comes before anything is built of it, so that no number in it costs time or memory that the files do not.
+    """
+    text, prefix = config.get_text_config(), f"{spec.layers}."
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = getattr(text, key, None)
+        if isinstance(value, int | float) and not 1 <= value < 2**31:
+            raise CheckpointError(f"{checkpoint.path}: its configuration has {key} {value:.5g}")
+    _check_rope(getattr(text, "rope_parameters", None) or {}, f"{checkpoint.path}: its configuration: rope_parameters")
+    layers = {rest.partition(".")[0] for n in checkpoint.infos if (rest := n.removeprefix(prefix)) != n}
+    layers = {number for number in layers if number.isdecimal()}
+    wanted = [("num_hidden_layers", getattr(text, "num_hidden_layers", len(layers)), len(layers), "decoder layers")]
+    if embedding := checkpoint.infos.get(f"{spec.embed}.weight"):
+        wanted.append(("vocab_size", text.vocab_size, embedding.shape[0] if embedding.shape else 0, "embeddings"))
+    for key, value, count, what in wanted:
+        if count and value != count:
+            raise CheckpointError(
+                f"{checkpoint.path}: config.json has {key} {value!r:.100}, but there are {count} {what}"
+            )
+
+
+def _check_rope(settings: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for settings of rotary embeddings that are not numbers, which transformers takes as is."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            _check_rope(value, f"{where}.{key}")
+        elif not (key.endswith("type") and isinstance(value, str)) and value is not None:
+            several = isinstance(value, list) and key.endswith(("_factor", "_section"))
+            numbers = value if several else [value]
+            if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+                raise CheckpointError(f"{where}.{key}: {value!r:.100} is not a number")
 
 
 class Stream:
@@ -65,6 +101,7 @@ class Stream:
         self.device = device
         self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
+        _check_sizes(checkpoint, self.spec, config)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
         self._trust_remote_code = trust_remote_code
         self._memory_limit = memory_limit
@@ -74,8 +111,13 @@ class Stream:
     @cached_property
     def _built(self) -> tuple[Any, ModelSpec, int]:
         """The model, built when it is first asked for: what only moves tensors does without."""
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust_remote_code)
+        with by_library(self.checkpoint.path, "transformers cannot build the model that its configuration describes"):
+            with torch.device("meta"):  # where numbers out of all proportion cost nothing
+                sketch = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust_remote_code)
+            if (size := sum(b.nbytes for b in sketch.buffers())) > MOST_BUFFERS:
+                raise CheckpointError(f"{self.checkpoint.path}: its configuration asks for tables of {size:,} bytes")
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust_remote_code)
         model.eval().requires_grad_(False)
         again = f"{self._family.head}.weight" if self.tied else None
         weights = sum(p.numel() for n, p in model.named_parameters() if n != again)
@@ -209,10 +251,15 @@ class Stream:
     def start(
         self, tokens: Int[Tensor, "sequences time"], folder: Path | None = None, enough: int = sys.maxsize
     ) -> Activations:
-        """Return what the first layer reads for these sequences.
+        """Return what the first layer reads for these sequences; raise CheckpointError for an unknown token.
 
         folder: as for ``Activations``. enough: only as many of the first batches as have so many tokens.
         """
+        if tokens.numel() and int(tokens.max()) >= len(self.embedding_weight()):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the tokenizer gives the token id {int(tokens.max())}, but the model has "
+                f"{len(self.embedding_weight())} embeddings. They belong to different models."
+            )
         size = max(BATCH_TOKENS // tokens.shape[1], 1)
         parts = torch.split(tokens, size)[: math.ceil(enough / (size * tokens.shape[1]))]
         calls: dict[int, list[calibrate.Call]] = {}
@@ -350,7 +397,7 @@ class Activations:
             save_file({"x": x.contiguous()}, beside)
             beside.replace(path)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{beside}: cannot be written: {error}. Finished layers are kept.") from None
+            raise cannot_write(path, error) from None
 
     @property
     def tokens(self) -> int:

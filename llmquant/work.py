@@ -17,18 +17,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmquant.activations import Inputs
-from llmquant.checkpoint import Checkpoint, atomic_save, read_json, write_json
-from llmquant.errors import OutputError
+from llmquant.checkpoint import Checkpoint, atomic_save, read_json
+from llmquant.errors import CheckpointError, OutputError
+from llmquant.files import cannot_write, write_json
 from llmquant.gradients import LayerInformation
-from llmquant.grid import QuantizedTensor
-from llmquant.plan import Linear
+from llmquant.grid import QuantizedTensor, rows_of
+from llmquant.plan import Linear, placeholder
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
+TOLD = ("error", "mse", "mean_square", "tokens")  # of every linear, in numbers
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 SCRATCH = "scratch"
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
+KEPT = "Finished layers are kept: make room, or get permission, and the same command goes on from there."
 
 
 class Work:
@@ -55,13 +58,14 @@ class Work:
         else:
             if foreign := sorted(p.name for p in folder.iterdir() if not _ours(p)):
                 raise OutputError(f"{folder}: holds {foreign[0]}, so it is not a work folder. Give another --work")
-            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            beside = folder / f"{NOTE}.partial"
-            write_json(beside, fingerprint)
-            beside.replace(folder / NOTE)
+            try:
+                shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+                for path in folder.iterdir():
+                    if path.name != "lock":
+                        path.unlink()
+            except OSError as error:
+                raise cannot_write(folder, error) from None
+            write_json(folder / NOTE, fingerprint)
 
     def _path(self, part: int | str) -> Path:
         name = f"layer-{part:05}" if isinstance(part, int) else f"{OUTSIDE}{part}"
@@ -76,10 +80,12 @@ class Work:
         linears: Mapping[str, QuantizedTensor],
         records: Mapping[str, Any],
         floats: Mapping[str, Tensor] | None = None,
+        given_up: Mapping[str, str] | None = None,
     ) -> None:
         """Store the linears of a layer, or one outside of them, by module name, and what a report should say of each.
 
         floats: the tensors that transforms changed and that stay float, by their full names.
+        given_up: linears that could not be quantized, and why.
         """
         tensors = {f"{FLOAT}{name}": value.cpu().contiguous() for name, value in (floats or {}).items()}
         for name, q in linears.items():
@@ -90,26 +96,44 @@ class Work:
                 tensors[f"{name}:{key}"] = value.cpu().contiguous()
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
-        try:
-            atomic_save(self._path(part), tensors, {"records": json.dumps(records)})
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{self._path(part)}: cannot be written: {error}. Finished layers are kept.") from None
+        told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {})}
+        atomic_save(self._path(part), tensors, told, KEPT)
 
-    def load(self, linear: Linear) -> QuantizedTensor:
-        """Return one linear as it was saved."""
-        name, grid = linear.name, linear.grid
+    def given_up(self, part: int | str | None = None) -> dict[str, str]:
+        """Return the linears of a part, or of all, that could not be quantized, and why."""
+        paths = self._parts() if part is None else [self._path(part)]
+        return {name: why for path in paths for name, why in _metadata(path, "given_up", "{}").items()}
+
+    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
+        """Return one linear as it was saved, or the first rows of it.
+
+        Raises CheckpointError where the file holds something else.
+        """
+        name, grid, path = linear.name, linear.grid, self._path(linear.part)
         assert grid is not None
-        with safe_open(self._path(linear.part), "pt") as file:
-            codes = file.get_tensor(f"{name}:codes")
-            keys = [k for k in file.keys() if k.startswith(f"{name}:") and k != f"{name}:codes"]  # noqa: SIM118
+        with _opened(path) as file:
+            keys = [k for k in file.keys() if k.startswith(f"{name}:")]  # noqa: SIM118
             stored = {k.rsplit(":", 1)[1]: file.get_tensor(k) for k in keys}
+        wanted = placeholder(linear)
+        expected = {**wanted.params, "codes": wanted.codes}
+        for key, spans in grid.shared.items():
+            expected[key] = expected[key].flatten(0, 1)[::spans]
+        expected |= {f"{INPUTS}{key}": value for key, value in (wanted.inputs.params if wanted.inputs else {}).items()}
+        for key in expected.keys() | stored.keys():
+            found, should = (_described(tensors.get(key)) for tensors in (stored, expected))
+            if found != should:
+                raise _damaged(path, f"{name}:{key} is {found}, expected {should}")
+        codes, levels = stored.pop("codes"), len(grid.table)
+        if int(codes.max()) >= levels:
+            raise _damaged(path, f"{name} has a code {int(codes.max())}, and its grid {levels} levels")
         params = {k: v for k, v in stored.items() if not k.startswith(INPUTS)}
         shape = len(codes), codes.shape[1] // grid.span
         for key, spans in grid.shared.items():
             params[key] = params[key].repeat_interleave(spans, 0)[: math.prod(shape)].view(*shape, -1)
         scheme = linear.activations
         ranges = {k.removeprefix(INPUTS): v for k, v in stored.items() if k.startswith(INPUTS)}
-        return QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
+        q = QuantizedTensor(grid, codes, params, inputs=Inputs(scheme, ranges) if scheme else None)
+        return q if rows is None else rows_of(q, 0, rows)
 
     def _information(self, layer: int) -> Path:
         return self.folder / f"{FISHER}{layer:05}.safetensors"
@@ -118,17 +142,14 @@ class Work:
         """Keep what is known of the outputs of a layer until it is finished."""
         tensors = {f"{name}:{i:05}": part for name, parts in known.linears.items() for i, part in enumerate(parts)}
         tensors = {name: part.cpu() for name, part in tensors.items()} | {"layer": known.layer.cpu()}
-        try:
-            atomic_save(self._information(layer), tensors, {})
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{self._information(layer)}: cannot be written: {error}") from None
+        atomic_save(self._information(layer), tensors, {}, KEPT)
 
     def has_information(self, layer: int) -> bool:
         return self._information(layer).exists()
 
     def information(self, layer: int, device: torch.device) -> LayerInformation:
         linears: dict[str, tuple[Tensor, ...]] = {}
-        with safe_open(self._information(layer), "pt", str(device)) as file:
+        with _opened(self._information(layer), str(device)) as file:
             for key in sorted(file.keys()):
                 name, colon, _ = key.rpartition(":")
                 if colon:
@@ -142,12 +163,12 @@ class Work:
         """Return the full names of a layer's float tensors that transforms changed."""
         if not self.has(layer):
             return []
-        with safe_open(self._path(layer), "pt") as file:
+        with _opened(self._path(layer)) as file:
             return [name.removeprefix(FLOAT) for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
 
     def load_float(self, layer: int, name: str) -> Tensor:
         """Return one of them."""
-        with safe_open(self._path(layer), "pt") as file:
+        with _opened(self._path(layer)) as file:
             value: Tensor = file.get_tensor(f"{FLOAT}{name}")
         return value
 
@@ -159,8 +180,10 @@ class Work:
 
     def all_records(self) -> dict[str, Any]:
         """Return what was recorded about every linear."""
-        paths = [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
-        return {name: record for path in paths for name, record in _records(path).items()}
+        return {name: record for path in self._parts() for name, record in _records(path).items()}
+
+    def _parts(self) -> list[Path]:
+        return [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -178,7 +201,12 @@ class Work:
     def remove(self) -> None:
         """Delete the folder and what is in it."""
         self.close()
-        shutil.rmtree(self.folder)
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: cannot be removed: {error.strerror}. The output is complete; this is needed no more."
+            ) from None
 
 
 class Transformed(Checkpoint):
@@ -200,7 +228,11 @@ class Transformed(Checkpoint):
 
 def read_note(folder: Path) -> dict[str, Any]:
     """Return what a work folder was begun for."""
-    return read_json(folder / NOTE, "a work folder, made by `llmquant quantize --work`, holds one")
+    note = read_json(folder / NOTE, "a work folder, made by `llmquant quantize --work`, holds one")
+    model, recipe = note.get("model"), note.get("recipe")
+    if not isinstance(model, dict) or not isinstance(model.get("folder"), str) or not isinstance(recipe, dict):
+        raise _damaged(folder / NOTE, "it does not tell the model's folder and the recipe")
+    return note
 
 
 def fingerprint_of_files(folder: Path, names: list[str]) -> str:
@@ -217,9 +249,44 @@ def fingerprint_of_files(folder: Path, names: list[str]) -> str:
 
 
 def _records(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        found: dict[str, Any] = json.loads(file.metadata()["records"])
+    found: dict[str, dict[str, Any]] = _metadata(path, "records")
+    for name, record in found.items():
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), int | float) for key in TOLD):
+            raise _damaged(path, f"it does not tell the error of {name}")
     return found
+
+
+def _metadata(path: Path, key: str, missing: str = "") -> dict[str, Any]:
+    with _opened(path) as file:
+        told = (file.metadata() or {}).get(key, missing)
+    try:
+        found = json.loads(told)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _damaged(path, f"its {key} cannot be read")
+    return found
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """Open a file of the folder; raise CheckpointError where it cannot be read, also while it is."""
+    try:
+        with safe_open(path, "pt", device) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: is damaged: {what}. Remove this file and run the same `llmquant quantize` again: what was in it is "
+        "computed anew, the rest is taken from the work folder."
+    )
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _ours(path: Path) -> bool:
@@ -232,7 +299,8 @@ def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
     if different:
         key = different[0]
         raise OutputError(
-            f"{folder}: this work folder was begun with {key} = {found.get(key)!r}, and now it is {wanted.get(key)!r}"
+            f"{folder}: this work folder was begun with {key} = {found.get(key)!r:.200}, and now it is "
+            f"{wanted.get(key)!r:.200}"
             + (f" ({len(different) - 1} more differ)" if len(different) > 1 else "")
             + ". Undo the change, give another --work, or begin anew with --restart."
         )

@@ -36,7 +36,7 @@ from llmquant import words
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.grids.affine import Affine
-from llmquant.patterns import patterns
+from llmquant.patterns import matches, patterns
 
 METHOD = "gptq"
 CONV1D = True  # readers replace transformers' Conv1D too, and qweight is input by input anyway
@@ -239,18 +239,21 @@ def _zeros(qzeros: Tensor, bits: int, rows: int, version: int) -> Tensor:
 def _setting_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the settings that hold for one linear, `dynamic` overrides included, and the ``version``."""
     setting = {"group_size": -1, **config}
-    for pattern, override in (config.get("dynamic") or {}).items():
+    dynamic = config.get("dynamic") or {}
+    fine = isinstance(dynamic, Mapping) and all(isinstance(override, Mapping) for override in dynamic.values())
+    _expect(fine, "dynamic", dynamic, "settings by pattern")
+    for pattern, override in dynamic.items():
         try:
-            matches = re.match(re.sub(r"^[+-]:", "", pattern), name)
-        except re.error as error:
-            raise CheckpointError(f"dynamic has {pattern!r}, expected a regular expression: {error}") from None
-        if matches and pattern.startswith("-:"):
+            fits = matches(re.sub(r"^[+-]:", "", pattern), name, "match")
+        except ValueError as error:
+            raise CheckpointError(f"dynamic: {pattern!r:.200} {error}") from None
+        if fits and pattern.startswith("-:"):
             raise CheckpointError(f"dynamic has {pattern!r}, so expected a float weight, but found packed tensors")
-        if matches:
+        if fits:
             setting.update(override)
             break
     format_ = config.get("checkpoint_format") or config.get("format") or "gptq"
-    _expect(format_ in VERSIONS, "checkpoint_format", format_, "gptq or gptq_v2")
+    _expect(isinstance(format_, str) and format_ in VERSIONS, "checkpoint_format", format_, "gptq or gptq_v2")
     _expect(not config.get("is_marlin_format"), "is_marlin_format", True, "false")
     pack_dtype = config.get("pack_dtype", "int32")
     _expect(pack_dtype == "int32", "pack_dtype", pack_dtype, "int32")

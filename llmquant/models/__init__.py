@@ -23,13 +23,15 @@ def spec_for(config: Mapping[str, Any]) -> ModelSpec:
         family = plugins.load("models", name, "models")
         families |= dict.fromkeys(family.ARCHITECTURES, family.SPECS)
     wanted = config.get("architectures") or [""]
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise UnsupportedModel(f"config.json: architectures: {wanted!r:.200} is not a list of names")
     for architecture in wanted:
         for spec in families.get(architecture, ()):
             if all(config.get(key) == value for key, value in spec.when.items()):
                 return spec
-    nearest = difflib.get_close_matches(wanted[0], families, n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(wanted[0][:100], families, n=1, cutoff=0)[0]
     raise UnsupportedModel(
-        f"config.json: architectures: {wanted[0]!r} is not supported; the nearest name that is: {nearest!r}. "
+        f"config.json: architectures: {wanted[0]!r:.200} is not supported; the nearest name that is: {nearest!r}. "
         f"Supported: {', '.join(sorted(families))}. For a layer like one of theirs add the name to its table in "
         "llmquant/models, for another one a table."
     )

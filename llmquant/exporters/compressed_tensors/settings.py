@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from llmquant.errors import CheckpointError
 from llmquant.grid import Grid
 from llmquant.grids.affine import Affine
 from llmquant.grids.fp8 import Fp8
-from llmquant.patterns import patterns
+from llmquant.patterns import matches, patterns
 
 METHOD = "compressed-tensors"
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
@@ -109,9 +108,11 @@ def read(config: Mapping[str, Any], name: str) -> tuple[Setting, str, Any]:
     found = config.get("transform_config")
     expect(not found, "transform_config", found, "none, as llmquant does not read it")
     weights: Mapping[str, Any] = scheme.get("weights") or {}
+    expect(isinstance(weights, Mapping), "weights", weights, "settings")
     kind, bits, group_size = weights.get("type", "int"), weights.get("num_bits"), weights.get("group_size")
+    expect(group_size is None or isinstance(group_size, int), "group_size", group_size, "a number, or none")
     strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
-    expect(kind in KINDS, "type", kind, "int or float")
+    expect(isinstance(kind, str) and kind in KINDS, "type", kind, "int or float")
     if not isinstance(bits, int) or not 2 <= bits <= 8:
         raise CheckpointError(f"num_bits is {bits}, expected 2 to 8")
     expect(kind == "int" or bits == 8, "num_bits", bits, "8 for type float")
@@ -132,9 +133,15 @@ def read(config: Mapping[str, Any], name: str) -> tuple[Setting, str, Any]:
 def _read_inputs(found: Mapping[str, Any] | None) -> ActivationScheme | None:
     if not found:
         return None
+    expect(isinstance(found, Mapping), "input_activations", found, "settings, or none")
     type_, bits, dynamic = found.get("type", "int"), found.get("num_bits", 8), found.get("dynamic", False)
     strategy = found.get("strategy") or "tensor"
-    fine = type_ in KINDS and bits == 8 and (dynamic, strategy) in ((True, "token"), (False, "tensor"))
+    fine = (
+        isinstance(type_, str)
+        and type_ in KINDS
+        and bits == 8
+        and (dynamic, strategy) in ((True, "token"), (False, "tensor"))
+    )
     expect(fine, "input_activations", found, "8 bits, int or float, strategy token if dynamic, else tensor")
     return ActivationScheme(type=KINDS[type_], dynamic=dynamic, symmetric=bool(found.get("symmetric", True)))
 
@@ -155,13 +162,21 @@ def expect_all(tensors: Iterable[str], needed: Iterable[str]) -> None:
 def _scheme_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the config group of one linear; a name goes before a pattern, a pattern before the class Linear."""
     by_target: dict[str, Mapping[str, Any]] = {}
-    for key, scheme in (config.get("config_groups") or {}).items():
+    groups = config.get("config_groups") or {}
+    expect(isinstance(groups, Mapping), "config_groups", groups, "groups by name")
+    for key, scheme in groups.items():
         if not isinstance(scheme, Mapping):
             raise CheckpointError(f"config_groups.{key} is {scheme!r}, expected targets and weights, not a preset")
-        by_target.update(dict.fromkeys(scheme.get("targets") or [], scheme))
+        targets = scheme.get("targets") or []
+        fine = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+        expect(fine, f"config_groups.{key}.targets", targets, "a list of names")
+        by_target.update(dict.fromkeys(targets, scheme))
     for target in sorted(by_target, key=lambda target: (target.startswith("re:"), target)):
-        if target == name or (target.startswith("re:") and re.match(target[3:], name)):
-            return by_target[target]
+        try:
+            if target == name or (target.startswith("re:") and matches(target[3:], name, "match")):
+                return by_target[target]
+        except ValueError as error:
+            raise CheckpointError(f"config_groups: {target!r:.200} {error}") from None
     if "Linear" in by_target:
         return by_target["Linear"]
     raise CheckpointError(f"no config group targets it, found {', '.join(by_target) or 'no config_groups'}")

@@ -19,9 +19,10 @@ from gguf import Keys, LlamaFileType
 from torch import Tensor
 
 import llmquant
-from llmquant import imatrix
+from llmquant import gguf_file, imatrix
+from llmquant.checkpoint import check_finite
 from llmquant.data import load_tokenizer
-from llmquant.errors import FormatError, RecipeError
+from llmquant.errors import FormatError, OutputError, RecipeError
 from llmquant.exporters.gguf import families, general, mixtures, vocabulary, writer
 from llmquant.grid import BlockGrid, Grid, QuantizedTensor
 from llmquant.plan import PIECE
@@ -188,6 +189,38 @@ def write(
     return {path.name: digest for path, digest in files.items()}
 
 
+def read_back(folder: Path, plan: Plan, checkpoint: Checkpoint, config: Any) -> Callable[[str, int], Tensor | None]:
+    """Check the file that was written, and return what decodes the first rows of a matrix of the checkpoint.
+
+    That is, (name, rows) -> these rows, or None of a matrix that has them in another order in the file.
+
+    config: the model's transformers configuration. Raises OutputError for a tensor that is not there as it should be.
+    """
+    layout, tensors, _ = _contents(plan, checkpoint, config)
+    file = gguf_file.read(min(folder.glob("*.gguf")))
+    for stored in tensors:
+        found = file.tensors.get(stored.name)
+        shape = None if found is None else found.shape
+        if found is None or (math.prod(found.shape), found.type) != (math.prod(stored.shape), stored.type):
+            raise OutputError(f"{stored.name} is {found and found.type} {shape}, and {stored} was written.")
+        if found.type in FLOATS:
+            rows = math.prod(found.shape[:-1])
+            step = max(PIECE // found.shape[-1], 1)
+            for start in range(0, rows, step):
+                check_finite(gguf_file.to_float(found, (start, min(start + step, rows))), stored.name)
+    entries = {source: entry for entry in layout.entries for source in entry.sources}
+
+    def decoded(name: str, rows: int) -> Tensor | None:
+        entry = entries[name]
+        if entry.rows is not None:
+            return None
+        stored = file.tensors[entry.name]
+        first = entry.sources.index(name) * (math.prod(stored.shape[:-1]) // len(entry.sources))
+        return gguf_file.to_float(stored, (first, first + rows))
+
+    return decoded
+
+
 def file_bytes(plan: Plan, checkpoint: Checkpoint, config: Any) -> int:
     """Return the size of the file or its shards, to the byte. config: the model's transformers configuration."""
     _, tensors, metadata = _contents(plan, checkpoint, config)
@@ -231,7 +264,9 @@ def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, store
                 value = value[entry.rows]
             if entry.plus_one:
                 value = value.float() + 1
-            yield value.to(FLOATS[stored.type]).contiguous().view(-1).view(torch.uint8)
+            stored_value = value.to(FLOATS[stored.type]).contiguous()
+            check_finite(stored_value, f"{checkpoint.folder}: {name}, as {stored.type},")
+            yield stored_value.view(-1).view(torch.uint8)
 
 
 def _type(plan: Plan, name: str, linears: Mapping[str, Linear]) -> str:
@@ -243,7 +278,13 @@ def _type(plan: Plan, name: str, linears: Mapping[str, Linear]) -> str:
 
 
 def _float_type(plan: Plan, name: str) -> str:
-    """Return the float type of a tensor that is not quantized: the mixture's, or 16 bits where a rule has kept it."""
+    """Return the float type of a tensor that is not quantized: the mixture's, or 16 bits where a rule has kept it.
+
+    Its own where it could not be quantized: the values may be the reason.
+    """
+    own = next((x.dtype for x in plan.linears if x.weight_name == name and x.name in plan.given_up), None)
+    if own is not None:
+        return next((type_ for type_, dtype in FLOATS.items() if dtype == own), "f32")
     type_ = plan.types[name]
     return type_ if type_ in FLOATS else "f16"
 

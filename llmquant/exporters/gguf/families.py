@@ -27,6 +27,18 @@ from llmquant.errors import FormatError
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$")
 """Tensors of older checkpoints that are no parameters: masks, and the frequencies of rotary embeddings."""
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+NUMBERS = tuple(
+    key.removeprefix("{arch}.")
+    for key in (
+        *(Keys.LLM.VOCAB_SIZE, Keys.LLM.CONTEXT_LENGTH, Keys.LLM.EMBEDDING_LENGTH, Keys.LLM.BLOCK_COUNT),
+        *(Keys.LLM.FEED_FORWARD_LENGTH, Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV),
+        *(Keys.Attention.KEY_LENGTH, Keys.Attention.LAYERNORM_RMS_EPS, Keys.Attention.LAYERNORM_EPS),
+        *(Keys.Attention.SLIDING_WINDOW, Keys.LLM.ATTN_LOGIT_SOFTCAPPING, Keys.LLM.FINAL_LOGIT_SOFTCAPPING),
+        *(Keys.Rope.FREQ_BASE, Keys.Rope.FREQ_BASE_SWA, Keys.Rope.DIMENSION_COUNT, Keys.Rope.SCALING_FACTOR),
+        *(Keys.Rope.SCALING_ORIG_CTX_LEN, Keys.Rope.SCALING_ATTN_FACTOR),
+    )
+)
+"""Keys below the architecture that are read as numbers."""
 Order = Callable[[Any, int], Tensor]
 """(config, rows of the tensor) -> which row of the checkpoint each row of the file is."""
 
@@ -141,13 +153,22 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
             f"architecture {arch!r} cannot be computed here, only {known}; llama.cpp may: --runtime llama.cpp"
         )
     keys = {key.removeprefix(f"{arch}."): value for key, value in metadata.items()}
+    for key in NUMBERS:
+        value = keys.get(key, 1)
+        if not isinstance(value, int | float) or not 0 <= value < 2**31:
+            raise FormatError(f"{arch}.{key} is {value!r:.100}, not a number that a model can have")
+    blocks = len({name.split(".")[1] for name in names if name.startswith("blk.")})
+    if keys.get("block_count") != blocks:
+        raise FormatError(f"{arch}.block_count is {keys.get('block_count')}, but there are tensors of {blocks} blocks")
 
     def number(key: str) -> Any:
         return keys.get(key.removeprefix("{arch}."))
 
     heads, hidden = number(Keys.Attention.HEAD_COUNT), number(Keys.LLM.EMBEDDING_LENGTH)
+    if not heads or not hidden:
+        raise FormatError(f"the metadata of architecture {arch} do not tell the {'heads' if hidden else 'hidden size'}")
     settings = {
-        "vocab_size": number(Keys.LLM.VOCAB_SIZE) or len(metadata[Keys.Tokenizer.LIST]),
+        "vocab_size": number(Keys.LLM.VOCAB_SIZE) or len(metadata.get(Keys.Tokenizer.LIST, [])),
         "max_position_embeddings": number(Keys.LLM.CONTEXT_LENGTH),
         "hidden_size": hidden,
         "num_hidden_layers": number(Keys.LLM.BLOCK_COUNT),
@@ -155,7 +176,7 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
         "n_inner": number(Keys.LLM.FEED_FORWARD_LENGTH),
         "num_attention_heads": heads,
         "num_key_value_heads": number(Keys.Attention.HEAD_COUNT_KV) or heads,
-        "head_dim": number(Keys.Attention.KEY_LENGTH) or (hidden // heads if hidden and heads else None),
+        "head_dim": number(Keys.Attention.KEY_LENGTH) or hidden // heads,
         "rms_norm_eps": number(Keys.Attention.LAYERNORM_RMS_EPS),
         "layer_norm_epsilon": number(Keys.Attention.LAYERNORM_EPS),
         "sliding_window": number(Keys.Attention.SLIDING_WINDOW) or None,
@@ -165,9 +186,6 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
         "eos_token_id": metadata.get(Keys.Tokenizer.EOS_ID),
         "pad_token_id": metadata.get(Keys.Tokenizer.PAD_ID),
     }
-    missing = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if settings[key] is None]
-    if missing:
-        raise FormatError(f"the metadata of architecture {arch} do not tell the {missing[0]}")
     settings |= FAMILIES[kind].settings(keys, names)
     model_type = CONFIG_MAPPING[kind]
     known = model_type()
@@ -192,13 +210,15 @@ def _rope_settings(number: Callable[[str], Any], extra: Mapping[str, Tensor], ki
     scaling, factor = number(Keys.Rope.SCALING_TYPE), number(Keys.Rope.SCALING_FACTOR)
     original = number(Keys.Rope.SCALING_ORIG_CTX_LEN)
     if "rope_factors_long.weight" in extra:
+        if not original:
+            raise FormatError("its rotary factors are for an original context length, and it tells none")
         rope |= {"rope_type": "longrope", "factor": number(Keys.LLM.CONTEXT_LENGTH) / original}
         rope |= {f"{k}_factor": extra[f"rope_factors_{k}.weight"].tolist() for k in ("long", "short")}
         rope["original_max_position_embeddings"] = original
         rope["attention_factor"] = number(Keys.Rope.SCALING_ATTN_FACTOR)
     elif "rope_freqs.weight" in extra:
         rope |= _llama3_settings(rope, extra["rope_freqs.weight"], turned)
-    elif scaling in ("linear", "yarn"):
+    elif scaling in ("linear", "yarn") and factor:
         rope |= {"rope_type": scaling, "factor": float(factor)}
         if original:
             rope["original_max_position_embeddings"] = original
@@ -214,6 +234,8 @@ def _rope_settings(number: Callable[[str], Any], extra: Mapping[str, Tensor], ki
 
 def _llama3_settings(rope: Mapping[str, Any], divisors: Tensor, turned: int) -> dict[str, Any]:
     """Return the settings that give these divisors of the frequencies; the original context is a power of two."""
+    if len(divisors) != turned // 2:
+        raise FormatError(f"rope_freqs.weight holds {len(divisors)} divisors for {turned} values of a head")
     for power in range(4, 21):
         settings = {
             "rope_type": "llama3",

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf import LlamaFileType as FileType
 
+from llmquant import patterns
 from llmquant.errors import RecipeError
 from llmquant.plugins import hint
 
@@ -244,19 +245,19 @@ def types(
     chosen = find(mixture)
     if architecture.name == "falcon":
         chosen = FALCON[mixture.upper()]
-    wishes = [(_pattern(pattern), _type(type_, f"override {pattern!r}")) for pattern, type_ in overrides]
+    wishes = [(pattern, _type(type_, f"override {pattern!r}")) for pattern, type_ in overrides]
     head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     asked = [(head, output), ("token_embd.weight", token_embedding)]
     named = {name: _type(type_, name) for name, type_ in asked if type_ is not None}
     matrices = [name for name in sorted(tensors, key=_by_layer) if _quantizable(name, tensors[name])]
     for pattern, type_ in wishes:
-        if not any(pattern.search(name) for name in matrices):
-            raise RecipeError(f"override {pattern.pattern!r} = {type_}: no matrix that is quantized has such a name")
+        if not any(_fits(pattern, name) for name in matrices):
+            raise RecipeError(f"override {pattern!r} = {type_}: no matrix that is quantized has such a name")
     values = sum(_part(name) == "value" for name in tensors)
     seen: Counter[str] = Counter()
     wanted = dict.fromkeys(tensors, "f32")
     for name in matrices:
-        override = next((type_ for pattern, type_ in wishes if pattern.search(name)), None)
+        override = next((type_ for pattern, type_ in wishes if _fits(pattern, name)), None)
         if name in named:
             wanted[name] = named[name]
         elif override is not None:
@@ -335,8 +336,8 @@ def _type(type_: str, where: str) -> str:
     return type_.lower()
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _fits(pattern: str, name: str) -> bool:
     try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as error:
-        raise RecipeError(f"override {text!r} is not a regular expression: {error}") from None
+        return patterns.matches(pattern, name, "search", ignore_case=True)
+    except ValueError as error:
+        raise RecipeError(f"override {pattern!r:.200} {error}") from None

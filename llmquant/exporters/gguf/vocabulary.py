@@ -92,6 +92,7 @@ SPECIAL = {
     "pad": Keys.Tokenizer.PAD_ID,
 }
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")  # special tokens of Phi-3 that keep the spaces behind them
+LONGEST = 4096  # characters of a token; what it takes to join one grows with their square
 PIECES = (TokenType.NORMAL, TokenType.USER_DEFINED)
 ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 SURROGATES = re.compile("[\ud800-\udfff]")  # tokens that are no UTF-8
@@ -203,6 +204,8 @@ def tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     kind = metadata.get(Keys.Tokenizer.MODEL)
     tokens = _array(metadata, Keys.Tokenizer.LIST, str)
     types = _array(metadata, Keys.Tokenizer.TOKEN_TYPE, int, len(tokens))
+    if max(map(len, tokens), default=0) > LONGEST:
+        raise FormatError(f"a token has {max(map(len, tokens))} characters; no tokenizer has more than {LONGEST}")
     ids = {token: number for number, token in enumerate(tokens) if token and not SURROGATES.search(token)}
     if kind == "gpt2":
         rule = _rule(metadata)

@@ -23,6 +23,8 @@ from torch import Tensor
 from llmquant.checkpoint import Digest
 from llmquant.errors import FormatError
 
+LARGEST_FLOAT = 3.4028234663852886e38  # of 32 bits
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -120,8 +122,12 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
+        if not 0 <= value < 2**32:
+            raise FormatError(f"{key} is {value}, which has no place in the 32 bits of a GGUF file")
         writer.add_uint32(key, value)
     elif isinstance(value, float):
+        if abs(value) > LARGEST_FLOAT:
+            raise FormatError(f"{key} is {value}, which has no place in the 32 bits of a GGUF file")
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_key_value(key, value, GGUFValueType.STRING)

@@ -1,0 +1,303 @@
+"""Runs that are killed, stopped, out of room or cannot round a linear: the short form of eval/faults.py."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmquant import api, files, plugins, recipe, run
+from llmquant.checkpoint import Digest
+from llmquant.errors import CalibrationError, CheckpointError, OutputError
+from llmquant.packed import open_model
+from llmquant.work import Work
+from tests.test_cli import ENVIRONMENT, command, llmquant  # noqa: F401  (command is a fixture)
+from tests.test_run import files as weights
+
+RTN = ("rtn-w4g128", ["grid.group_size=32"])
+
+
+@pytest.fixture
+def overflowing(llama, tmp_path):
+    """The small Llama, with a weight whose scale float16 cannot hold."""
+    model = tmp_path / "overflowing"
+    shutil.copytree(llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = 9e5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tmp_path):
+    changes = [x for change in calibrated for x in ("--set", change)]
+    arguments = ["quantize", str(llama), "gptq-w4g128", *changes, "--no-eval", "--out", str(tmp_path / "out")]
+    begun = subprocess.Popen([sys.executable, "-m", "llmquant", *arguments], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    first = tmp_path / "out.work" / "layer-00000.safetensors"
+    while not first.exists() and begun.poll() is None:
+        time.sleep(0.01)
+    begun.kill()
+    begun.wait()
+    assert first.exists()
+    assert not (tmp_path / "out").exists()
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.resumed_layers
+    run.quantize(llama, chosen, tmp_path / "whole")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_a_run_that_says_how_to_go_on(number, code, llama, calibrated, tmp_path, command, monkeypatch):  # noqa: F811
+    save = Work.save
+
+    def then_stop(self, part, *args, **options):
+        save(self, part, *args, **options)
+        if part == 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Work, "save", then_stop)
+    changes = [x for change in calibrated for x in ("--set", change)]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        found, _, err = command("quantize", llama, "gptq-w4g128", *changes, "--no-eval", "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert found == code
+    assert "Finished layers are kept; the same command goes on from layer 1." in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work"]
+    monkeypatch.undo()
+    report, _ = run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out")
+    assert report.resumed_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [*(("gptq-w4g128", n) for n in (0, 300, 20_000, 60_000, 120_000)), *(("gguf-q4_0", n) for n in (0, 60_000))],
+)
+def test_a_full_disk_leaves_what_was_there_and_the_run_goes_on(name, limit, llama, calibrated, tmp_path):
+    changes = calibrated if name == "gptq-w4g128" else []
+    chosen = recipe.load(name, changes)
+    run.quantize(llama, chosen, tmp_path / "before")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written: File too large.*same command"):
+            run.quantize(llama, chosen, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name for p in tmp_path.iterdir()} <= {"before", "out.work"}
+    assert not list(tmp_path.rglob("*.partial"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()} == before
+    run.quantize(llama, chosen, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "facts.json"
+    files.write_json(path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=r"facts\.json: cannot be written: No space left on device\. What was"):
+            files.write_json(path, {"a": 2})
+
+    def interrupted():
+        with files.replacing(path) as beside:
+            beside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("facts.json", '{\n  "a": 1\n}\n')]
+
+
+def test_two_runs_that_write_one_folder_do_not_meet(llama, tmp_path):
+    chosen = recipe.load(*RTN)
+
+    def second(what, done, total):
+        if (what, done) == ("writing compressed_tensors", 3):
+            with pytest.raises(OutputError, match="another run is writing it"):
+                run.quantize(llama, chosen, tmp_path / "out")
+
+    run.quantize(llama, chosen, tmp_path / "out", progress=second)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_report_holds_the_hash_of_every_other_file(llama, tmp_path, read_json):
+    api.quantize(llama, *RTN[:1], tmp_path / "out", changes=RTN[1], evaluate=False)
+    (hashes,) = read_json(tmp_path / "out" / "llmquant-report.json")["hashes"].values()
+    found = {p.name: Digest(p).hexdigest() for p in (tmp_path / "out").iterdir() if p.name != "llmquant-report.json"}
+    assert hashes == found
+
+
+CONTAINERS = {
+    "gptq": ("gptq", ["grid.group_size=32"]),
+    "awq": ("awq", ["grid.group_size=32", "grid.symmetric=false"]),
+    "compressed_tensors": ("compressed_tensors", ["grid.group_size=32"]),
+    "bitsandbytes": ("bitsandbytes", ["grid={name: nf4}"]),
+    "gguf": ("gguf", ["grid={name: q4_0}"]),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_folder_with_a_wrong_code_does_not_get_its_name(container, llama, tmp_path, monkeypatch):
+    format_, changes = CONTAINERS[container]
+    chosen = recipe.load("rtn-w4g128", [*changes, f"formats=[{format_}]"])
+    exporter = plugins.load("exporters", format_, "")
+    pack = exporter.pack
+
+    def wrong(q, *args):
+        packed = pack(q, *args)
+        codes = packed[next(key for key in ("qweight", "weight_packed", "weight", "") if key in packed)]
+        if not codes.is_meta:
+            codes.view(torch.uint8).view(-1)[7] ^= 1
+        return packed
+
+    monkeypatch.setattr(exporter, "pack", wrong)
+    with pytest.raises(OutputError, match=r"does not read back: .* decodes to \d+ other values"):
+        run.quantize(llama, chosen, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    run.quantize(llama, chosen, tmp_path / "out", verify=False)
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_linear_that_cannot_be_quantized_stops_the_run_or_stays_float(container, llama, tmp_path, monkeypatch):
+    """Those that read the same activations stay float with it, in every container."""
+    format_, changes = CONTAINERS[container]
+    chosen = recipe.load("rtn-w4g128", [*changes, f"formats=[{format_}]"])
+    algorithm = plugins.load("algorithms", "rtn", "")
+    quantize = algorithm.quantize
+    broken = load_file(llama / "model.safetensors")["model.layers.1.self_attn.k_proj.weight"]
+
+    def refuse(w, *args):
+        if w.shape == broken.shape and torch.equal(w, broken):
+            raise CalibrationError("its Hessian is not positive definite.")
+        return quantize(w, *args)
+
+    monkeypatch.setattr(algorithm, "quantize", refuse)
+    with pytest.raises(CalibrationError, match=r"^model\.layers\.1\.self_attn\.k_proj\.weight: its Hessian"):
+        run.quantize(llama, chosen, tmp_path / "out")
+    report, _ = run.quantize(llama, chosen, tmp_path / "out", tmp_path / "work", on_error="skip")
+    names = {f"model.layers.1.self_attn.{x}_proj" for x in "qkv"}
+    assert report.given_up.keys() == names
+    assert all(any(name in note and "left float" in note for note in report.notes) for name in names)
+    found, judge = open_model(tmp_path / "out"), open_model(llama)
+    for name, info in judge.infos.items():
+        if info.shape == (64, 64) or "k_proj" in name:
+            exact = name.removesuffix(".weight") in names
+            assert torch.equal(found.read(name), judge.read(name)) == exact, name
+    with pytest.raises(CalibrationError, match="earlier run with --on-error skip left 1 linears float"):
+        run.quantize(llama, chosen, tmp_path / "again", tmp_path / "work")
+    run.quantize(llama, chosen, tmp_path / "again", tmp_path / "work", on_error="skip")
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+    api.export(tmp_path / "work", [format_], tmp_path / "exported")
+    assert weights(tmp_path / "exported") == weights(tmp_path / "out")
+
+
+def test_a_skipped_run_that_died_ends_with_the_same_bytes_and_exit_code_3(
+    overflowing,
+    calibrated,
+    tmp_path,
+    command,  # noqa: F811
+):
+    changes = [*calibrated, "grid.scale_dtype=float16", "transforms=[{name: awq, clip: false}]"]
+    chosen = recipe.load("gptq-w4g128", changes)
+    report, _ = run.quantize(overflowing, chosen, tmp_path / "whole", on_error="skip")
+    assert {"model.layers.1.self_attn.k_proj"} <= report.given_up.keys()
+
+    def die(what, done, total):
+        if (what, done) == ("quantizing layers", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(overflowing, chosen, tmp_path / "out", progress=die, on_error="skip")
+    options = [x for change in changes for x in ("--set", change)]
+    arguments = ("quantize", overflowing, "gptq-w4g128", *options, "--no-eval", "--out", tmp_path / "out")
+    code, out, _ = command(*arguments, "--on-error", "skip")
+    assert code == 3
+    assert "left float" in out
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "out")
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "it has values that are not finite" in err.replace("\n", " ")
+
+
+def test_activations_that_are_not_finite_are_named_by_the_linear_that_reads_them(llama, calibrated, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] *= 1e30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for out, changes in (("a", calibrated), ("b", [*calibrated, "algorithm={name: rtn, calibrated: true}"])):
+        with pytest.raises(
+            CalibrationError, match=r"^model\.layers\.1\.self_attn\.q_proj.*: what it reads from the calibration text"
+        ):
+            run.quantize(model, recipe.load("gptq-w4g128", changes), tmp_path / out)
+
+
+@pytest.mark.parametrize("damage", ["cut", "shape", "codes", "records", "missing"])
+def test_a_damaged_work_file_is_named_and_removing_it_mends_the_run(damage, llama, calibrated, tmp_path):
+    chosen, work = recipe.load("gptq-w4g128", calibrated), tmp_path / "work"
+    run.quantize(llama, chosen, tmp_path / "whole", work)
+    path, name = work / "layer-00001.safetensors", "model.layers.1.mlp.up_proj"
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    told = {"records": "{}" if damage != "records" else '{"x": {}}', "given_up": "{}"}
+    match damage:
+        case "shape":
+            tensors[f"{name}:scale"] = tensors[f"{name}:scale"][:-1].clone()
+        case "codes":
+            tensors[f"{name}:codes"][0, 0] = 16
+        case "missing":
+            del tensors[f"{name}:codes"]
+    save_file(tensors, path, metadata=told)
+    if damage == "cut":
+        path.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: is damaged: .*Remove this file and run"):
+        run.quantize(llama, chosen, tmp_path / "out", work)
+    path.unlink()
+    run.quantize(llama, chosen, tmp_path / "out", work)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_the_folders_of_several_formats_appear_together(llama, calibrated, tmp_path):
+    chosen = recipe.load("gptq-w4g128", [*calibrated, "formats=[gptq, compressed_tensors]"])
+    run.quantize(llama, chosen, tmp_path / "whole")
+
+    def die(what, done, total):
+        if (what, done) == ("writing compressed_tensors", 2):
+            assert (tmp_path / "out.partial" / "gptq" / "model.safetensors").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work", "whole"]
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.outputs == {name: str(tmp_path / "out" / name) for name in ("gptq", "compressed_tensors")}
+    for name in report.outputs:
+        assert weights(tmp_path / "out" / name) == weights(tmp_path / "whole" / name)
+
+
+def test_a_run_that_is_stopped_while_it_is_measured_leaves_a_whole_folder(llama, calibrated, tmp_path, read_json):
+    def die(what, done, total):
+        if what == "scoring":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=calibrated, progress=die)
+    report = read_json(tmp_path / "out" / "llmquant-report.json")
+    assert report["evaluation"] == []
+    assert report["hashes"]["gptq"]["README.md"] == Digest(tmp_path / "out" / "README.md").hexdigest()
