@@ -263,7 +263,7 @@ def by_library(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        if "trust_remote_code=True" in reason:
             reason = "it needs Python code that it brings along. If you trust that: --trust-remote-code"
         reason = reason[:300] or type(error).__name__
         raise CheckpointError(f"{path}: {what}: {reason}") from error

@@ -55,6 +55,10 @@ def _check_sizes(checkpoint: Checkpoint, spec: ModelSpec, config: Any) -> None:
     wanted = [("num_hidden_layers", getattr(text, "num_hidden_layers", len(layers)), len(layers), "decoder layers")]
     if embedding := checkpoint.infos.get(f"{spec.embed}.weight"):
         wanted.append(("vocab_size", text.vocab_size, embedding.shape[0] if embedding.shape else 0, "embeddings"))
+    experts = {name.partition(".experts.")[2].partition(".")[0] for name in checkpoint.infos if ".experts." in name}
+    experts = {number for number in experts if number.isdecimal()}
+    for key in ("num_experts", "num_local_experts"):
+        wanted.append((key, getattr(text, key, len(experts)), len(experts), "experts"))
     for key, value, count, what in wanted:
         if count and value != count:
             raise CheckpointError(
@@ -101,7 +105,7 @@ class Stream:
         self.device = device
         self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
-        _check_sizes(checkpoint, self.spec, config)
+        _check_sizes(checkpoint, self._family, config)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
         self._trust_remote_code = trust_remote_code
         self._memory_limit = memory_limit
