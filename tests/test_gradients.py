@@ -26,6 +26,7 @@ CONFIGS = {
     "gpt2, positions": lambda: hf.GPT2Config(
         **SHARED, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False
     ),
+    "mixtral": lambda: hf.MixtralConfig(**SHARED, **LLAMA, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -90,6 +91,7 @@ def test_no_more_tokens_are_used_than_stated(llama, monkeypatch):
 LINEARS = {
     "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
     "gpt2, positions": ("attn.c_attn", "mlp.c_proj"),
+    "mixtral": ("self_attn.o_proj", "mlp.experts"),  # what the experts give, added up
 }
 
 
@@ -100,7 +102,7 @@ def test_the_information_at_outputs_is_that_of_autograd(name, save_model, tmp_pa
     tokens = torch.randint(2, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     stream = Stream(load_float(folder), torch.device("cpu"))
     found = {}
-    gradients.measure(stream, tokens, False, LINEARS[name], found.__setitem__)
+    gradients.measure(stream, tokens, False, [LINEARS[name]] * stream.layers, found.__setitem__)
     model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
     places = {f"{stream.spec.layers}.{i}.{local}": (i, local) for i in (0, 1) for local in LINEARS[name]}
     places |= {f"{stream.spec.layers}.{i}": (i, None) for i in (0, 1)}
@@ -127,7 +129,8 @@ def test_the_information_at_outputs_is_that_of_autograd(name, save_model, tmp_pa
         gradients_ = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(seen.values()))
         for (place, output), g in zip(seen.items(), gradients_, strict=True):
             relative = g if places[place][1] else g * output.detach().square().mean(-1, keepdim=True).sqrt()
-            sums[place] += relative[0].T @ relative[0]
+            relative = relative.flatten(0, -2)
+            sums[place] += relative.T @ relative
     for place, (index, local) in places.items():
         truth = sums[place] / tokens.numel()
         parts = found[index].linears[local] if local else (found[index].layer,)

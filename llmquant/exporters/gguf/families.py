@@ -189,10 +189,11 @@ def configuration(metadata: Mapping[str, Any], extra: Mapping[str, Tensor], name
     settings |= FAMILIES[kind].settings(keys, names)
     model_type = CONFIG_MAPPING[kind]
     known = model_type()
+    undeclared = {"head_dim"} if FAMILIES[kind].experts else set()  # that modules read all the same
     own = {
         key: value
         for key, value in settings.items()
-        if hasattr(known, key) and not isinstance(getattr(model_type, key, None), property)
+        if key in undeclared or (hasattr(known, key) and not isinstance(getattr(model_type, key, None), property))
     }
     return model_type(**own)
 
