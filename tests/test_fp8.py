@@ -50,9 +50,9 @@ def test_gptq_leaves_less_error_at_the_output_than_rounding():
     w, x = normal(32, 64), normal(500, 64, seed=1) @ normal(64, 64, seed=2)
     accumulator = Accumulator(64, "hessian")
     accumulator.add(x)
+    stats = accumulator.result()
     grid = fp8.Config().bind(32, 64, torch.float32)
     error = [
-        ((dequantize(module.quantize(w, accumulator.result(), grid, module.Config())) - w) @ x.T).norm()
-        for module in (gptq, rtn)
+        ((dequantize(module.quantize(w, stats, grid, module.Config())) - w) @ x.T).norm() for module in (gptq, rtn)
     ]
     assert error[0] < 0.9 * error[1]

@@ -13,10 +13,11 @@ from llmquant.packed import open_model
 from llmquant.rotation import Rotated, hadamard, orthogonal
 from llmquant.run import load_float
 from llmquant.stream import Stream
-from tests.test_models import TINY, build, tokens
+from tests.test_models import TINY, fused, tokens
 
-RMS = [key for key in TINY if key.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3", "phi3")]
-NORMS_ELSEWHERE = [key for key in TINY if key not in RMS]
+RMS = [key for key in TINY if key.split("-")[0] in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3")]
+CLIPPED = "olmoe-clipped"  # its values pass a function that no rotation does
+NORMS_ELSEWHERE = [key for key in TINY if key not in (*RMS, CLIPPED)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def saved(tmp_path_factory):
 
     def save(key):
         if not (folder / key).exists():
-            model = copy.deepcopy(build(key)[0]).float()
+            model = copy.deepcopy(fused(key)).float()
             for parameter in model.parameters():
                 parameter.data = parameter + 1.0 if parameter.ndim == 1 else parameter
             model.save_pretrained(folder / key)
@@ -63,7 +64,7 @@ def test_rotating_the_residual_stream_and_the_heads_leaves_the_function_unchange
     folder = saved(key)
     rotated = check_same_function(folder, "residual", "heads")
     plain = Checkpoint(folder)
-    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"):
         assert (rotated.read(name) - plain.read(name)).abs().max() > 0.1
 
 
@@ -72,7 +73,12 @@ def test_rotating_the_heads_leaves_the_function_of_every_family_unchanged(key, s
     check_same_function(saved(key), "heads")
 
 
-@pytest.mark.parametrize("key", NORMS_ELSEWHERE)
+def test_values_that_are_clipped_cannot_be_rotated(saved):
+    with pytest.raises(RecipeError, match="no values of attention"):
+        Rotated(stream_of(saved(CLIPPED)), ["heads"], untie=True)
+
+
+@pytest.mark.parametrize("key", [*NORMS_ELSEWHERE, CLIPPED])
 def test_a_model_whose_residual_stream_cannot_be_rotated_is_refused(key, saved):
     with pytest.raises(RecipeError, match=r"rotations: .*because of .*(norm|ln_|embed|wpe|emb)"):
         Rotated(stream_of(saved(key)), ["residual"], untie=True)
