@@ -1,9 +1,9 @@
 """At the same size, whose file is closest to the float model: llmquant's, or that of the programs people use?
 
-    python eval/accuracy.py MODEL --calib FILE --select FILE --text FILE --llama-cpp DIR --out DIR
+    python eval/accuracy.py MODEL --calib FILE --select FILE --text FILE --llama-cpp DIR --out DIR --rows ROWS
         [--outliers] [--gptqmodel PYTHON] [--llmcompressor PYTHON] [--auto-round PYTHON]
         [--mixtures q4_k_m ...] [--types q4_k ...] [--affine w4g128 ...] [--ours VARIANT ...]
-    python eval/accuracy.py --combine DIR [DIR ...] --out results.md
+    python eval/accuracy.py --combine ROWS [ROWS ...] --out results.md
 
 Measures one model (with ``--outliers`` the copy of it that outliers.py makes): GGUF
 mixtures and pure types beside llama-quantize without and with an imatrix, formats of
@@ -14,10 +14,10 @@ measured on --text, once; the three may share no passage (splits.py makes them s
 
 A row is a file: its size, and its perplexity and KL divergence from the float model,
 decoded to float, and for GGUF also as llama.cpp runs it, which rounds activations too.
-DIR/accuracy.json gets each row as it is measured, DIR/scores its figures token by token;
-the same command goes on with the rows that are missing, ``--again`` measures rows anew,
-``--skip`` leaves programs out (``--skip auto-round``, whose 200 steps are slow on a CPU).
-``--combine`` makes tables, a plot and one JSON file of several such folders.
+Rows go into --rows as they are measured; the same command goes on with those that are
+missing, ``--again`` measures rows anew, ``--skip`` leaves programs out (``--skip
+auto-round``, whose 200 steps are slow on a CPU). DIR is scratch space. ``--combine``
+makes tables and a plot of such files, of several models and several of one model.
 
 A variant of llmquant is a name in VARIANTS, with changes to its recipe behind it if
 need be: ``--ours default "default+algorithm.actorder=true"``.
@@ -40,10 +40,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from accuracy_report import write_report
+from accuracy_report import SETTLED, without_folders, write_report
 from outliers import write_outliers
 from peers import AUTOROUND, GPTQMODEL, LLMCOMPRESSOR, children_seconds, version
 from safetensors.torch import save_file
@@ -81,8 +80,6 @@ $imatrix: the file that llama-quantize gets, or null for formats other than GGUF
 $format: "q4_k_m", "w4g128".
 """
 SOURCE = Path(llmquant.__file__).parents[1]
-SETTLED = ("model", "files", "outliers", "texts", "sequences", "length", "seed", "imatrix", "peer_dtype", "protocol")
-"""What must be the same for all rows of a folder."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +114,20 @@ class Prepared:
 class Log:
     """The rows that are measured, in a file that is whole after each."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], again: list[str]) -> None:
-        self._path = folder / "accuracy.json"
+    def __init__(self, path: Path, about: dict[str, Any], again: list[str]) -> None:
+        self._path = path
         self._about = about
         self.rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
             known = json.loads(self._path.read_text("utf-8"))
-            for name in SETTLED:
+            for name in ("model", *SETTLED):
                 if known[name] != about[name]:
                     sys.exit(
                         f"{self._path}: was measured with another {name}: {known[name]}, now {about[name]}. "
-                        "Give another --out."
+                        "Give another --rows."
                     )
             self.rows = {row["key"]: row for row in known["rows"] if row["program"] not in again}
+            about["commands"] = list(dict.fromkeys([*known["commands"], *about["commands"]]))
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -138,7 +136,8 @@ class Log:
 
     def _write(self) -> None:
         beside = self._path.with_suffix(".part")
-        beside.write_text(json.dumps(self._about | {"rows": list(self.rows.values())}, indent=1) + "\n", "utf-8")
+        known = json.dumps(self._about | {"rows": list(self.rows.values())}, indent=1)
+        beside.write_text(without_folders(known) + "\n", "utf-8")
         beside.replace(self._path)
 
 
@@ -322,17 +321,15 @@ def measure(job: Job, args: argparse.Namespace, windows: Windows, reference: eva
     try:
         row["seconds"], row["processor_seconds"] = execute(job.command, args.threads, place)
         path = min(written(job.out), key=stored_bytes)
-        row |= measured(path, job.key, args, windows, reference)
+        row |= measured(path, windows, reference)
     except (CommandError, LlmquantError) as error:
-        row["error"] = str(error)
+        row["error"] = without_folders(str(error))
     shutil.rmtree(job.out, ignore_errors=True)
     return row
 
 
-def measured(
-    path: Path, key: str, args: argparse.Namespace, windows: Windows, reference: evaluation.Reference
-) -> dict[str, Any]:
-    """Return sizes and figures of a file; the figures of its tokens go into the folder of scores."""
+def measured(path: Path, windows: Windows, reference: evaluation.Reference) -> dict[str, Any]:
+    """Return sizes and figures of a file, with the means of every window, which errors of differences come from."""
     found: dict[str, Any] = {"compared_bytes": stored_bytes(path)}
     for how, runtime in (("decoded", "torch"), ("as_run", "llama.cpp")):
         if runtime == "llama.cpp" and path.suffix != ".gguf":
@@ -343,12 +340,9 @@ def measured(
         found |= {"bytes": row.bytes, "container": row.format.split()[0]} if runtime == "torch" else {}
         kept = ("perplexity", "perplexity_error", "kld_mean", "kld_error", "kld_median", "kld_p99", "top1")
         found[how] = {name: figures[name] for name in kept}
-        each = {"nll": scores.nll, "kld": scores.kld}
-        place = args.out / "scores" / f"{key.replace(' ', '-').replace('/', '-')}-{how}.npz"
-        np.savez_compressed(
-            place, **{name: value.view(len(windows.tokens), -1).numpy().astype("f4") for name, value in each.items()}
-        )
-        found[how]["scores"] = f"scores/{place.name}"
+        for name, each in (("nll", scores.nll), ("kld", scores.kld)):
+            means = each.view(len(windows.tokens), -1).double().mean(1)
+            found[how][f"{name}_windows"] = " ".join(f"{mean:.7g}" for mean in means.tolist())
     return found
 
 
@@ -376,7 +370,7 @@ def about(args: argparse.Namespace, model: Path, protocol: str) -> dict[str, Any
         "texts": {n: {"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for n, p in texts.items()},
         **{name: getattr(args, name) for name in ("sequences", "length", "seed", "imatrix", "peer_dtype", "threads")},
         "protocol": protocol,
-        "command": sys.argv,
+        "commands": [without_folders(" ".join(sys.argv))],
         "versions": {name: installed(name) for name in ("torch", "transformers", "cyllama")},
     }
 
@@ -385,15 +379,16 @@ def study(args: argparse.Namespace) -> None:
     """Measure one model."""
     check_disjoint({f"--{name}": getattr(args, name) for name in ("calib", "select", "text")})
     torch.set_num_threads(args.threads)
-    (args.out / "scores").mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.rows.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     model = measured_model(args)
     windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
-    log = Log(args.out, about(args, model, windows.label), args.again)
+    log = Log(args.rows, about(args, model, windows.label), args.again)
     prepared = prepare(args, model)
     reference = evaluation.Reference(model)
     if prepared.gguf is not None and "float" not in log.rows:
         named = {"key": "float", "kind": "float", "format": "f32", "program": "float", "version": commit()}
-        row = measured(prepared.gguf, "float", args, windows, reference)
+        row = measured(prepared.gguf, windows, reference)
         log.add(named | {"command": [], "error": None} | row)
     for job in jobs(args, prepared):
         if job.key in log.rows or job.program in args.skip:
@@ -430,14 +425,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the sequences of the calibration text")
     parser.add_argument("--max-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--combine", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--rows", type=path, help="the JSON file that rows go into")
+    parser.add_argument("--combine", type=Path, nargs="+", help="such files of finished runs")
     parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
     if args.combine:
         write_report(args.combine, args.out)
         return
-    if None in (args.model, args.calib, args.select, args.text):
-        parser.error("give MODEL, --calib, --select and --text, or else --combine")
+    if None in (args.model, args.calib, args.select, args.text, args.rows):
+        parser.error("give MODEL, --calib, --select, --text and --rows, or else --combine")
     if args.llama_cpp is None and (args.mixtures or args.types):
         parser.error("give --llama-cpp, or else --mixtures and --types with nothing behind them")
     unknown = [variant for variant in args.ours if variant.split("+")[0] not in VARIANTS]

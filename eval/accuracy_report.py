@@ -25,20 +25,23 @@ OURS = "llmquant "
 KINDS = ("float", "mixture", "pure", "affine")
 VARIANTS = ("rounding", "gptq", "default", "best", "auto")
 HOW = {"decoded": "decoded", "as_run": "run by llama.cpp"}
+SETTLED = ("files", "outliers", "texts", "sequences", "length", "seed", "imatrix", "peer_dtype", "protocol")
+"""What must be the same for all rows of a model."""
 COLUMNS = ("format", "program", "bytes", "perplexity", "KLD", "median", "99 %", "top-1")
 AGAINST = ("KLD / theirs", "perplexity - theirs")
 Row = dict[str, Any]
 
 
 class Results:
-    """The rows of one model."""
+    """The rows of one model, of one or several files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.about = json.loads((folder / "accuracy.json").read_text("utf-8"))
+    def __init__(self, parts: Sequence[dict[str, Any]]) -> None:
+        self.about = parts[0]
         self.model = str(self.about["model"])
-        self.rows: list[Row] = sorted((row for row in self.about["rows"] if row["error"] is None), key=place)
-        self.failed: list[Row] = [row for row in self.about["rows"] if row["error"] is not None]
+        self.commands = dict.fromkeys(command for part in parts for command in part["commands"])
+        known = {row["key"]: row for part in parts for row in part["rows"]}.values()
+        self.rows: list[Row] = sorted((row for row in known if row["error"] is None), key=place)
+        self.failed: list[Row] = [row for row in known if row["error"] is not None]
 
     def formats(self) -> list[tuple[str, str]]:
         """Return (kind, format) of all rows, in their order."""
@@ -57,22 +60,22 @@ class Results:
         others = [row for row in self.of(kind, format_) if not is_ours(row)]
         return min(others, key=lambda row: float(row["decoded"]["kld_mean"]), default=None)
 
-    def each(self, row: Row, how: str, name: str) -> np.ndarray:
-        """Return a figure of every token, a line for each window of the text."""
-        with np.load(self.folder / row[how]["scores"]) as found:
-            return np.asarray(found[name], np.float64)
-
     def ratio(self, mine: Row, other: Row, how: str) -> tuple[float, float]:
         """Return the ratio of mean KLD and its standard error, by the delta method over windows."""
-        a, b = (self.each(row, how, "kld").mean(axis=1) for row in (mine, other))
+        a, b = (of_windows(row, how, "kld") for row in (mine, other))
         ratio = a.mean() / b.mean()
         return float(ratio), standard_error(a - ratio * b) / float(b.mean())
 
     def perplexity_difference(self, mine: Row, other: Row, how: str) -> tuple[float, float]:
         """Return the difference of perplexities and its standard error, paired, by the delta method over windows."""
-        a, b = (self.each(row, how, "nll").mean(axis=1) for row in (mine, other))
+        a, b = (of_windows(row, how, "nll") for row in (mine, other))
         ppl_a, ppl_b = math.exp(a.mean()), math.exp(b.mean())
         return ppl_a - ppl_b, standard_error(ppl_a * (a - a.mean()) - ppl_b * (b - b.mean()))
+
+
+def of_windows(row: Row, how: str, name: str) -> np.ndarray:
+    """Return the mean of a figure over each window of the text."""
+    return np.array(row[how][f"{name}_windows"].split(), np.float64)
 
 
 def place(row: Row) -> tuple[int, str, bool, int, str]:
@@ -95,16 +98,22 @@ def too_large(mine: Row, other: Row) -> bool:
     return bool(mine["compared_bytes"] > other["compared_bytes"])
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write the tables to ``out``, and the rows and the plot beside it."""
-    studies = [Results(folder) for folder in folders]
+def write_report(files: Sequence[Path], out: Path) -> None:
+    """Write the tables to ``out``, and the plot beside it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in files:
+        part = json.loads(path.read_text("utf-8"))
+        of_model = found.setdefault(part["model"], [])
+        for name in SETTLED:
+            if of_model and part[name] != of_model[0][name]:
+                raise SystemExit(f"{path}: {part['model']} was measured with another {name} than in the file before")
+        of_model.append(part)
+    studies = [Results(parts) for parts in found.values()]
     lines = ["# Divergence from the float model at the same size: llmquant beside other programs", ""]
     lines += [f"![KL divergence against size]({out.with_suffix('.svg').name})", ""]
-    lines += [*means(studies), *(line for results in studies for line in of_model(results))]
+    lines += [*means(studies), *(line for results in studies for line in tables(results))]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines), "utf-8")
-    facts = [results.about for results in studies]
-    out.with_suffix(".json").write_text(without_folders(json.dumps(facts, indent=1)) + "\n", "utf-8")
     draw(studies, out.with_suffix(".svg"))
 
 
@@ -144,7 +153,7 @@ def ratios(results: Results, kind: str, format_: str, program: str, against: str
     return [results.ratio(mine, other, how)[0]]
 
 
-def of_model(results: Results) -> list[str]:
+def tables(results: Results) -> list[str]:
     """Return the tables of one model."""
     about = results.about
     versions = sorted({f"{r['program'].split()[0]} {r['version']}" for r in results.rows if r["kind"] != "float"})
@@ -157,7 +166,7 @@ def of_model(results: Results) -> list[str]:
         f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, peers computing in "
         f"{about['peer_dtype']}, {about['threads']} thread(s). Protocol: {about['protocol']}.",
         "",
-        f"    {without_folders(' '.join(about['command']))}",
+        *(f"    {command}" for command in results.commands),
         "",
         "Bytes: GGUF the whole file, integer groups everything stored for the quantized linears. ±: standard error; of "
         "perplexity and KLD over tokens, of comparisons paired and over windows of the text.",
@@ -175,7 +184,7 @@ def of_model(results: Results) -> list[str]:
             f"{other['program']} {other['compared_bytes']:,}: not compared."  # type: ignore[index]
         ]
     for row in results.failed:
-        why = without_folders(row["error"].splitlines()[-1])
+        why = row["error"].splitlines()[-1]
         lines.append(f"- {label(row['kind'], row['format'])}: {row['program']} failed: {why}")
     return [*lines, *([""] if refused or results.failed else [])]
 
