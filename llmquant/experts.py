@@ -26,12 +26,10 @@ from torch import Tensor, nn
 
 from llmquant.models import moe
 from llmquant.models.spec import Site
-from llmquant.stats import Accumulator, Sample, Stats
+from llmquant.stats import Accumulator, Sample, Stats, enough
 
 PRIOR = 0.75
 NEGLIGIBLE = 0.05  # share of the prior, below which it is left out
-ENOUGH = 8192  # tokens that a prior is found on, at least, and for each column:
-ENOUGH_BY_COLUMN = 4
 GATHERED = 1024  # tokens that are added to the sums together
 
 Seen = tuple[Tensor, Tensor | None]
@@ -67,7 +65,7 @@ class Routed:
 
     def of_all(self, cols: int) -> Iterator[Seen]:
         """Yield enough of all tokens to learn about so many columns, evenly spread."""
-        stride = max(self.tokens // max(ENOUGH, ENOUGH_BY_COLUMN * cols), 1)
+        stride = max(self.tokens // enough(cols), 1)
         return self._gathered([torch.arange(0, len(x), stride, device=x.device) for x in self.x])
 
     def _gathered(self, rows: list[Int[Tensor, " _rows"]]) -> Iterator[Seen]:

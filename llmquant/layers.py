@@ -34,12 +34,9 @@ from llmquant.sites import (
     put,
     quantize_together,
 )
-from llmquant.stats import Sample, Stats
+from llmquant.stats import Sample, Stats, enough
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding, Scales, SiteView
-
-ENOUGH = 8192  # tokens that transforms and mismatches are found on, at least, and for each column of the widest linear:
-ENOUGH_BY_COLUMN = 4
 
 
 @torch.no_grad()
@@ -56,7 +53,7 @@ def quantize_layers(
     with log.scratch() as folder:
         places = {name: folder / name if plan.placement == "files" else None for name in ("float", "quantized", "all")}
         along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
-        aimed = stream.start(tokens, places["float"], enough(plan.linears)) if along else None
+        aimed = stream.start(tokens, places["float"], enough_for(plan.linears)) if along else None
         outside = [x for x in plan.of_layer(None) if x.grid]
         information = _keep_information(plan, stream, log, tokens, places["all"])
         for linear in (x for x in outside if x.lookup):
@@ -142,9 +139,9 @@ def _quantize_layer(
         log.drop_information(index)
 
 
-def enough(linears: Sequence[Linear]) -> int:
+def enough_for(linears: Sequence[Linear]) -> int:
     """Return on how many tokens transforms and mismatches are found: fewer than rounding needs."""
-    return max([ENOUGH, *(ENOUGH_BY_COLUMN * x.cols for x in linears)])
+    return enough(max((x.cols for x in linears), default=0))
 
 
 def _save_outside(plan: Plan, log: work.Work, linear: Linear, weight: Tensor, stats: Stats, skip: bool = False) -> None:
@@ -257,7 +254,7 @@ def transform_layer(
     sites = [site for site in folding if not site.expert]
     begin = calibrate.experts_of(plan.spec, index)
     sums = {site.name: accumulator(plan, stream, plan.named(index, site.readers), drift=False) for site in sites}
-    some = activations.first(enough(plan.of_layer(index)))
+    some = activations.first(enough_for(plan.of_layer(index)))
     samples = {site.name: Sample(some.tokens) for site in sites}
     routed = Routed()
 

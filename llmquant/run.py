@@ -37,7 +37,7 @@ from llmquant import (
 )
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, RecipeError
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, PlanError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -160,7 +160,7 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         length = recipe_.calibration.length or min(stream.context, 2048)
         tokens = recipe_.calibration.sequences * length
         batch = max(BATCH_TOKENS // length, 1) * length
-        parts = (batch, layers.enough(plan.linears), gradients.TOKENS)
+        parts = (batch, layers.enough_for(plan.linears), gradients.TOKENS)
         text = footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
     return footprint.placed(plan, stream.hidden_size, stream.vocabulary, text, exporters, stream.room_bytes)
 
@@ -191,8 +191,8 @@ def quantize(
     out: the new folder; with several formats, one folder in it for each.
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
         if not given). The same call after a crash goes on from there.
-    memory_limit: bytes that the process should take at most; by default all that are free. Where activations are
-        depends on it, and PlanError is raised if the run needs more.
+    memory_limit: bytes that the process should take at most, on the CPU; by default all that are free. Where
+        activations are depends on it, and PlanError is raised if the run needs more.
     on_error: what to do where a linear cannot be quantized. "stop" raises the error, "skip" leaves it float, and those
         that read the same activations; ``Report.given_up`` names them.
     verify: read back what was written.
@@ -203,10 +203,15 @@ def quantize(
     memory.reset_peak()
     out = Path(out)
     check_output(out)
+    if memory_limit is not None and device_of(device).type != "cpu":
+        raise PlanError(
+            "memory: limits a run on the CPU, and this one is on a GPU. Leave it out, or set device to cpu."
+        )
     stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit)
     checkpoint = stream.checkpoint
     plan = plan_for(stream, recipe_)
-    footprint.check_fits(plan, stream.room_bytes)
+    if stream.device.type == "cpu":  # what peaks are foretold for
+        footprint.check_fits(plan, stream.room_bytes)
     text = None
     if plan.needs != "nothing":
         assert recipe_.calibration is not None

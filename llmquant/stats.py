@@ -15,7 +15,14 @@ Needs = Literal["nothing", "diagonal", "hessian", "fisher"]
 
 TOKENS = 512  # of a sample
 SAMPLE = 2**17  # values kept of those that a site reads
+ENOUGH = 8192  # tokens for what needs fewer than rounding does, at least, and for each column:
+ENOUGH_BY_COLUMN = 4
 BLOCK = 256  # columns; the Hessian is symmetric, so blocks below its diagonal are not computed
+
+
+def enough(cols: int) -> int:
+    """Return on how many tokens transforms, mismatches and priors of experts are found."""
+    return max(ENOUGH, ENOUGH_BY_COLUMN * cols)
 
 
 def most_of(needs: Iterable[Needs]) -> Needs:

@@ -55,10 +55,9 @@ def _check_sizes(checkpoint: Checkpoint, spec: ModelSpec, config: Any) -> None:
     wanted = [("num_hidden_layers", getattr(text, "num_hidden_layers", len(layers)), len(layers), "decoder layers")]
     if embedding := checkpoint.infos.get(f"{spec.embed}.weight"):
         wanted.append(("vocab_size", text.vocab_size, embedding.shape[0] if embedding.shape else 0, "embeddings"))
-    experts = {name.partition(".experts.")[2].partition(".")[0] for name in checkpoint.infos if ".experts." in name}
-    experts = {number for number in experts if number.isdecimal()}
+    experts = moe.stored_experts(checkpoint.infos)
     for key in ("num_experts", "num_local_experts"):
-        wanted.append((key, getattr(text, key, len(experts)), len(experts), "experts"))
+        wanted.append((key, getattr(text, key, experts), experts, "experts"))
     for key, value, count, what in wanted:
         if count and value != count:
             raise CheckpointError(
@@ -372,7 +371,7 @@ class Activations:
         self.calls = calls
         self._counts = counts
         self._folder = folder
-        self._batches: dict[int, Tensor | Path] = {}
+        self._batches: dict[int, Tensor | tuple[Path, torch.device]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -386,7 +385,8 @@ class Activations:
         held = self._batches[batch]
         if isinstance(held, Tensor):
             return held
-        with safe_open(held, "pt") as file:
+        path, device = held
+        with safe_open(path, "pt", str(device)) as file:
             value: Tensor = file.get_tensor("x")
         return value
 
@@ -395,7 +395,8 @@ class Activations:
         if self._folder is None:
             self._batches[batch] = x
             return
-        path = self._batches[batch] = self._folder / f"{batch:05}.safetensors"
+        path = self._folder / f"{batch:05}.safetensors"
+        self._batches[batch] = path, x.device
         beside = path.with_suffix(".partial")  # whoever still reads the old file can go on
         try:
             save_file({"x": x.contiguous()}, beside)

@@ -202,7 +202,9 @@ class Work:
         """Delete the folder and what is in it."""
         self.close()
         try:
-            shutil.rmtree(self.folder)
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
         except OSError as error:
             raise OutputError(
                 f"{self.folder}: cannot be removed: {error.strerror}. The output is complete; this is needed no more."

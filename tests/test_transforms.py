@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from llmquant import api, layers, plugins, recipe, run, stream
+from llmquant import api, plugins, recipe, run, stats, stream
 from llmquant.algorithms import gptq, rtn
 from llmquant.errors import CalibrationError, RecipeError
 from llmquant.grid import dequantize
@@ -480,12 +480,12 @@ def test_a_search_sees_no_more_text_than_it_needs(llama, calibrated, tmp_path, m
 
     monkeypatch.setattr(awq, "search", seen)
     monkeypatch.setattr(stream, "BATCH_TOKENS", 128)
-    monkeypatch.setattr(layers, "ENOUGH", 200)
+    monkeypatch.setattr(stats, "ENOUGH", 200)
     chosen = recipe.load("awq-w4g128", [*calibrated, "transforms=[{name: awq, steps: 2, duo: false, clip: false}]"])
     report, _ = run.quantize(llama, chosen, tmp_path / "out")
     assert {told["tokens"] for told in report.linears.values()} == {16 * 128}
     assert set(tokens) == {4 * 128}  # the widest site has 128 columns
     tokens.clear()
-    monkeypatch.setattr(layers, "ENOUGH_BY_COLUMN", 1)
+    monkeypatch.setattr(stats, "ENOUGH_BY_COLUMN", 1)
     run.quantize(llama, chosen, tmp_path / "again")
     assert set(tokens) == {2 * 128}

@@ -9,7 +9,8 @@ like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -61,6 +62,11 @@ class Experts(nn.ModuleList):
             token, place = torch.where(chosen == number)
             out.index_add_(0, token, (expert(x[token]) * weights[token, place, None]).to(out.dtype))
         return out
+
+
+def stored_experts(names: Iterable[str]) -> int:
+    """Return how many experts a checkpoint's tensors tell of by their names; 0 where these tell of none."""
+    return len({found[1] for name in names if (found := re.search(r"\.experts\.(\d+)\.", name))})
 
 
 def reads_inner(site: Site) -> bool:
