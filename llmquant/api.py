@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from llmquant import allocation, data, evaluation, plugins, run
+from llmquant import allocation, data, evaluation, plugins, ranks, run
 from llmquant import budget as budgets
 from llmquant import export as exporting
 from llmquant import recipe as recipes
@@ -29,6 +29,7 @@ from llmquant.files import write_json, write_text
 from llmquant.plan import Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
+from llmquant.ranks import ALONE, Ranks
 from llmquant.recipe import Recipe
 from llmquant.run import Report
 from llmquant.sensitivity import Cost, Sensitivity
@@ -94,6 +95,9 @@ def quantize(
         activations, and ``Report.given_up`` says why.
     verify: read back what was written, before it gets its name.
 
+    Where ``torchrun`` started this process, all its processes quantize together, each to be given the same arguments;
+    the first one writes and evaluates.
+
     >>> quantize("org/model", "gptq-w4g128", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
     """
     chosen = _recipe(recipe, changes)
@@ -105,25 +109,31 @@ def quantize(
         raise RecipeError("budget: would not hold with linears left float. Leave out --on-error skip.")
     if noise and (not evaluate or (text is None and chosen.calibration is None)):
         raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
-    windows = evaluation.read_windows(model, text, protocol) if evaluate and text is not None else None
-    options = (on_error, verify, _bytes(memory))
-    report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, *options)
-    windows = windows or (held_out if evaluate else None)
-    rows: list[Row] = []
-    if windows is not None:
-        _finish(report, rows, model)  # whole, should measuring it be stopped
-        reference = Reference(model, device, trust_remote_code)
-        rows.append(
-            evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
-        )
-        rows += _measure(report, windows, reference, device, trust_remote_code, progress)
-        if noise:
-            for name, folder in report.outputs.items():
-                report.residual_errors[name] = evaluation.residual_errors(
-                    folder, windows, reference, device, trust_remote_code, progress
-                )
-    _finish(report, rows, model)
-    return report
+
+    def evaluated(report: Report, windows: Windows | None) -> Report:
+        rows: list[Row] = []
+        if windows is not None:
+            _finish(report, rows, model)  # whole, should measuring it be stopped
+            reference = Reference(model, device, trust_remote_code)
+            rows.append(
+                evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)
+            )
+            rows += _measure(report, windows, reference, device, trust_remote_code, progress)
+            if noise:
+                for name, folder in report.outputs.items():
+                    report.residual_errors[name] = evaluation.residual_errors(
+                        folder, windows, reference, device, trust_remote_code, progress
+                    )
+        _finish(report, rows, model)
+        return report
+
+    with ranks.meeting(device) as together:
+        given = None
+        if evaluate and text is not None:
+            given = together.from_first(lambda: evaluation.read_windows(model, text, protocol))
+        options = (on_error, verify, _bytes(memory), together)
+        report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, *options)
+        return together.from_first(lambda: evaluated(report, given or (held_out if evaluate else None)))
 
 
 def compare(
@@ -323,11 +333,14 @@ def _run(
     on_error: run.OnError = "stop",
     verify: bool = True,
     memory_limit: int | None = None,
+    together: Ranks = ALONE,
 ) -> tuple[Report, Windows | None]:
     """Quantize by a recipe, with a budget or without; return the report, and held-out text if there is."""
     if recipe.budget is not None:
-        return allocation.quantize(model, recipe, out, device, restart, trust_remote_code, progress)
-    options = (on_error, verify, memory_limit)
+        return together.from_first(
+            lambda: allocation.quantize(model, recipe, out, device, restart, trust_remote_code, progress)
+        )
+    options = (on_error, verify, memory_limit, together)
     return run.quantize(model, recipe, out, work, device, restart, trust_remote_code, progress, *options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 LEFT_FLOAT = 3  # exit code
+RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")]
@@ -178,6 +180,9 @@ def quantize(
 ) -> None:
     """Quantize a model and write it. The same command after a crash goes on where it stopped.
 
+    Several processes do it together, on one machine or on several with a shared folder for --work, started by
+    `torchrun --nproc-per-node 2 -m llmquant quantize ...`.
+
     Exit codes: 0 done; 2 the input cannot be done, and the message says why; 3 written, but linears that could not be
     quantized were left float (--on-error skip); 130 and 143 stopped by Ctrl-C and SIGTERM.
 
@@ -229,7 +234,8 @@ def quantize(
         out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
     for name, target in report.outputs.items():
         out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
-    _write(facts, report.as_dict())
+    if not RANK:
+        _write(facts, report.as_dict())
     if report.given_up:
         raise typer.Exit(LEFT_FLOAT)
 
@@ -481,10 +487,15 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Run the command line: what the input caused is one message and exit code 2, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    out.quiet = err.quiet = RANK > 0  # the first one speaks for all, but for errors
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["quantize"]:
+            raise LlmquantError(f"{' '.join(sys.argv[1:2])}: runs in one process; torchrun is for `llmquant quantize`")
         app()
     except LlmquantError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        err.quiet = False
+        who = f"rank {RANK}: " if RANK else ""
+        err.print(f"[bold red]{who}error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -515,7 +526,7 @@ def _progress(again: bool = True) -> Iterator[Tell]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal or err.quiet) as bars:
         task = bars.add_task("starting", total=None)
         doing, at = "", 0
 

@@ -43,3 +43,7 @@ class PlanError(LlmquantError):
 
 class NumericsError(LlmquantError):
     """Numbers that should be finite are not."""
+
+
+class PeerError(LlmquantError):
+    """Another process of the same run has stopped."""

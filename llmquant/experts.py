@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 
 from llmquant.models import moe
 from llmquant.models.spec import Site
+from llmquant.ranks import ALONE, Ranks
 from llmquant.stats import Accumulator, Sample, Stats, enough
 
 PRIOR = 0.75
 NEGLIGIBLE = 0.05  # share of the prior, below which it is left out
-GATHERED = 1024  # tokens that are added to the sums together
 
 Seen = tuple[Tensor, Tensor | None]
 """Some tokens as the quantized model computes them, and as the float model does, if it goes along."""
@@ -38,13 +39,14 @@ Seen = tuple[Tensor, Tensor | None]
 
 @dataclass
 class Routed:
-    """All that reaches the experts of a layer, batch by batch.
+    """All that reaches the experts of a layer, batch by batch, on one of some ranks.
 
     x: as the quantized model computes it. chosen: the experts that it routes each token to. aimed: what the float
     model computes for the first of the batches, where it goes along. It follows the same routes: another choice of
     experts would leave nothing to compare.
     """
 
+    ranks: Ranks = ALONE
     x: list[Float[Tensor, "_tokens hidden"]] = field(default_factory=list)
     chosen: list[Int[Tensor, "_tokens some"]] = field(default_factory=list)
     aimed: list[Float[Tensor, "_tokens hidden"]] = field(default_factory=list)
@@ -55,30 +57,23 @@ class Routed:
         if aimed is not None:
             self.aimed.append(aimed)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return sum(map(len, self.x))
+        """How many there are, of all ranks; to be asked when all have been added."""
+        return self.ranks.total(sum(map(len, self.x)))
 
     def of(self, expert: int) -> Iterator[Seen]:
-        """Yield the tokens that are routed to an expert, many at a time."""
-        return self._gathered([(chosen == expert).any(1).nonzero().flatten() for chosen in self.chosen])
+        """Yield the tokens that are routed to an expert, batch by batch."""
+        return self._taken([(chosen == expert).any(1).nonzero().flatten() for chosen in self.chosen])
 
     def of_all(self, cols: int) -> Iterator[Seen]:
-        """Yield enough of all tokens to learn about so many columns, evenly spread."""
+        """Yield enough of all tokens to learn about so many columns, evenly spread, batch by batch."""
         stride = max(self.tokens // enough(cols), 1)
-        return self._gathered([torch.arange(0, len(x), stride, device=x.device) for x in self.x])
+        return self._taken([torch.arange(0, len(x), stride, device=x.device) for x in self.x])
 
-    def _gathered(self, rows: list[Int[Tensor, " _rows"]]) -> Iterator[Seen]:
-        """Yield these rows of the batches; those that the float model computes, too, come first."""
-        both = len(self.aimed)
-        for batches in (range(both), range(both, len(self.x))):
-            held: list[int] = []
-            for batch in batches:
-                held.append(batch)
-                if batch == batches[-1] or sum(len(rows[i]) for i in held) >= GATHERED:
-                    aimed = torch.cat([self.aimed[i][rows[i]] for i in held]) if batch < both else None
-                    yield torch.cat([self.x[i][rows[i]] for i in held]), aimed
-                    held = []
+    def _taken(self, rows: list[Int[Tensor, " _rows"]]) -> Iterator[Seen]:
+        for batch, these in enumerate(rows):
+            yield self.x[batch][these], self.aimed[batch][these] if batch < len(self.aimed) else None
 
 
 @dataclass
@@ -119,9 +114,10 @@ class Reader:
     def sample(self, site: Site) -> Float[Tensor, "tokens cols"]:
         """Return some tokens of what a site reads; of all tokens, where few are routed to its expert."""
         cols = self.layer.get_submodule(site.linears[0]).get_parameter("weight").shape[1]
-        own = torch.cat([x for x, _ in self.routed.of(number(site))])
+        joined = self.routed.ranks.joined
+        own = joined(torch.cat([x for x, _ in self.routed.of(number(site))]))
         if len(own) < PRIOR * cols:
-            own = torch.cat([own, *(x for x, _ in self.routed.of_all(cols))])
+            own = torch.cat([own, joined(torch.cat([x for x, _ in self.routed.of_all(cols)]))])
         kept = Sample(len(own))
         kept.add(own)
         found: Tensor = moe.before(self.layer, site)(kept.result())

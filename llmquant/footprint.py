@@ -27,7 +27,7 @@ PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
 FEEDBACK = 36  # GPTQ
 PACKING = 3
 # For each element of the square of a site's columns:
-HESSIAN = 4
+HESSIAN = 8  # while it is summed
 FACTORS = 38  # a Hessian; GPTQ's factors of it, and what they are computed in
 FACTORED = 16  # the same while rows are rounded
 EXPERT = 2  # Hessians of all tokens beside those of an expert's own

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from llmquant import calibrate
@@ -71,8 +71,8 @@ def measure(
         of experts. keep: told what is known of a layer, the last one first.
     folder: a new one, for what every layer reads; None: that waits in memory.
     """
-    tokens = tokens[: max(TOKENS // tokens.shape[1], 1)]
-    generator = torch.Generator(stream.device).manual_seed(seed)
+    tokens = tokens[: max(TOKENS // tokens.shape[1], stream.ranks.size)]
+    generator = torch.Generator(stream.device)
     scale = SCALE if torch.finfo(stream.dtype).max > 1e38 else 1.0
     places = [None if folder is None else folder / str(index) for index in range(stream.layers + 1)]
     read = [stream.start(tokens, places[0])]  # by every layer; at last, the output of all
@@ -80,25 +80,26 @@ def measure(
         with stream.layer(index) as layer:
             read.append(stream.passed(layer, index, read[-1], place))
     given = read.pop()
-    batches = torch.split(tokens.to(stream.device), len(given[0]))
-    total = torch.zeros(stream.hidden_size, stream.hidden_size, device=stream.device)
+    own_batches = stream.own_batches(*tokens.shape)
+    batches = [tokens[these].to(stream.device) for these in own_batches]
+    total = torch.zeros(stream.hidden_size, stream.hidden_size, dtype=torch.float64, device=stream.device)
     gradients = []
-    for of_batch, x in zip(batches, given, strict=True):
+    for these, of_batch, x in zip(own_batches, batches, given, strict=True):
         ends = [
-            _at_the_end(stream, t, y, generator)
-            for t, y in zip(torch.split(of_batch, 1), torch.split(x, 1), strict=True)
+            _at_the_end(stream, t[None], y[None], generator.manual_seed(seed + number))
+            for number, t, y in zip(range(these.start, these.stop), of_batch, x, strict=True)
         ]
         gradients.append(torch.cat([gradient for gradient, _ in ends]) * scale)
         if also_head:
             head = torch.cat([head for _, head in ends])
-            total.addmm_(head.T, head)
+            total += head.T @ head
     for index in reversed(range(stream.layers)):
         own = torch.zeros_like(total)
         sums: dict[str, list[Tensor]] = {}
         for y, gradient in zip(given, gradients, strict=True):
             sizes = y.float().square().mean(-1, keepdim=True).sqrt()
             relative = (gradient.float() / scale * sizes).flatten(0, 1)
-            own.addmm_(relative.T, relative)
+            own += relative.T @ relative
         given = read.pop()
         with stream.layer(index) as layer:
             for i, x in enumerate(given):
@@ -107,6 +108,7 @@ def measure(
                     gradients[i], *others = _pulled_back(forward, x, gradients[i], outputs)
                 for name, gradient in zip(outputs, others, strict=True):
                     _add(sums, name, gradient.flatten(0, -2).float() / scale)
+        stream.ranks.add(own, *(part for parts in sums.values() for part in parts))
         count = tokens.numel()
         known = {name: tuple(_shrunk(part / count) for part in parts) for name, parts in sums.items()}
         keep(index, LayerInformation(known, _shrunk(own / count)))
@@ -114,7 +116,8 @@ def measure(
         x = stream.model.get_submodule(stream.spec.embed)(of_batch)
         (embedded,) = _pulled_back(partial(_first_input, stream, of_batch), x, gradient, {})
         flat = embedded.flatten(0, 1).float() / scale
-        total.addmm_(flat.T, flat)
+        total += flat.T @ flat
+    stream.ranks.add(total)
     fisher = _shrunk(total / tokens.numel())
     square_mean = fisher.diagonal().clone()
     return Stats(fisher, square_mean, square_mean.sqrt(), tokens.numel())
@@ -124,12 +127,13 @@ def _add(sums: dict[str, list[Tensor]], name: str, gradient: Float[Tensor, "toke
     """Add the gradients at a linear's outputs to its sums, of ``ROWS`` rows after the other."""
     parts = torch.split(gradient, ROWS, dim=1)
     if name not in sums:
-        sums[name] = [gradient.new_zeros(part.shape[1], part.shape[1]) for part in parts]
+        sums[name] = [gradient.new_zeros(part.shape[1], part.shape[1], dtype=torch.float64) for part in parts]
     for of_part, part in zip(sums[name], parts, strict=True):
-        of_part.addmm_(part.T, part)
+        of_part += part.T @ part
 
 
-def _shrunk(fisher: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def _shrunk(sums: Float64[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    fisher = sums.float()
     fisher.diagonal().add_(SHRINK * fisher.diagonal().mean())
     return fisher
 

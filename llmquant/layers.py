@@ -255,8 +255,8 @@ def transform_layer(
     begin = calibrate.experts_of(plan.spec, index)
     sums = {site.name: accumulator(plan, stream, plan.named(index, site.readers), drift=False) for site in sites}
     some = activations.first(enough_for(plan.of_layer(index)))
-    samples = {site.name: Sample(some.tokens) for site in sites}
-    routed = Routed()
+    samples = {site.name: Sample(some.tokens, stream.ranks) for site in sites}
+    routed = Routed(stream.ranks)
 
     def see(site: Site, x: Tensor, *chosen: Tensor) -> None:
         if site == begin:
@@ -400,10 +400,7 @@ def head_stats(
     aimed: the float model's activations; with them, the statistics have a drift.
     """
     sums = accumulator(plan, stream, [x for x in plan.of_layer(None) if not x.lookup], aimed is not None)
-    at = 0
-    for i, x in enumerate(activations):
-        of_batch = tokens[at : at + len(x)]
+    for i, (batch, x) in enumerate(zip(stream.own_batches(*tokens.shape), activations, strict=True)):
         both = [x] if aimed is None or i >= len(aimed) else [x, aimed[i]]
-        sums.add(*(stream.before_head(of_batch, y).flatten(0, 1) for y in both))
-        at += len(x)
+        sums.add(*(stream.before_head(tokens[batch], y).flatten(0, 1) for y in both))
     return sums.result()

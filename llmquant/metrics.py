@@ -104,15 +104,9 @@ class Scores:
         )
 
 
-def output_error(
-    delta: Float[Tensor, "rows cols"], w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]
-) -> float:
-    """Return ||x·deltaᵀ||² / ||x·wᵀ||² over the calibration tokens (no unit, 0 is exact)."""
-
-    def power(of: Tensor) -> Tensor:
-        return ((of @ hessian) * of).sum()
-
-    return float(power(delta) / power(w).clamp(min=1e-30))
+def output_power(w: Float[Tensor, "rows cols"], hessian: Float[Tensor, "cols cols"]) -> Float[Tensor, ""]:
+    """Return the mean over the calibration tokens of ||x·wᵀ||²."""
+    return ((w @ hessian) * w).sum()
 
 
 def _standard_error(x: Tensor) -> float:

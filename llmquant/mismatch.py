@@ -24,17 +24,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmquant.errors import CalibrationError
+from llmquant.ranks import ALONE, Ranks
 from llmquant.stats import Stats
 
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
 
 def corrected(
-    weights: Sequence[Float[Tensor, "_rows cols"]], stats: Stats
+    weights: Sequence[Float[Tensor, "_rows cols"]], stats: Stats, ranks: Ranks = ALONE
 ) -> list[tuple[Float[Tensor, "_rows cols"], float]]:
     """Return for each of the linears that read the same activations the weights to round, and the share of the way.
 
-    stats: of what they read, with its drift.
+    stats: of what they read, with its drift. ranks: each has some of the rows.
     """
     drift = stats.drift
     assert drift is not None
@@ -49,13 +50,13 @@ def corrected(
     for k in (0, 1):
         slope += (halves[k] * moved[1 - k]).sum(1)
         curvature += ((halves[k] @ drift.hessians[1 - k]) * halves[k]).sum(1)
-    found, row = [], 0
-    for weight in weights:
-        rows = slice(row, row := row + len(weight))
-        share = float(slope[rows].sum() / curvature[rows].sum().clamp(min=1e-30))
-        share = min(max(share, 0.0), 1.0)
-        found.append((w[rows] + share * step[rows], share))
-    return found
+    lengths = [len(weight) for weight in weights]
+    of_linears = torch.stack([part.sum() for of in (slope, curvature) for part in torch.split(of, lengths)])
+    ranks.add(of_linears)
+    slopes, curvatures = of_linears.chunk(2)
+    shares = (slopes / curvatures.clamp(min=1e-30)).clamp(0, 1).tolist()
+    parts = zip(torch.split(w, lengths), torch.split(step, lengths), shares, strict=True)
+    return [(part + share * way, share) for part, way, share in parts]
 
 
 def _solved(hessian: Float[Tensor, "cols cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:

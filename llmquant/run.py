@@ -44,6 +44,7 @@ from llmquant.packed import PackedCheckpoint, open_model
 from llmquant.plan import Linear, Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
+from llmquant.ranks import ALONE, Ranks
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import BATCH_TOKENS, Stream
 
@@ -116,13 +117,14 @@ def open_stream(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     memory_limit: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Stream:
     """Return the stream of a float model, with a recipe's rotations; its weights are not loaded yet."""
-    device = device or torch.device("cpu")
-    stream = Stream(load_float(model), device, trust_remote_code, weights=False, memory_limit=memory_limit)
+    options = (device or torch.device("cpu"), trust_remote_code, False, memory_limit, ranks)
+    stream = Stream(load_float(model), *options)
     if recipe_.rotations:
         rotated = rotation.Rotated(stream, recipe_.rotations, untie=recipe_.tied_embeddings == "untie")
-        stream = Stream(rotated, device, trust_remote_code, weights=False, memory_limit=memory_limit)
+        stream = Stream(rotated, *options)
     if recipe_.folds or recipe_.rotations:
         stream.dtype = torch.float32  # a changed weight in 16 bits would be rounded twice
     return stream
@@ -158,7 +160,7 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
     text = footprint.Text()
     if recipe_.calibration is not None:
         length = recipe_.calibration.length or min(stream.context, 2048)
-        tokens = recipe_.calibration.sequences * length
+        tokens = math.ceil(recipe_.calibration.sequences / stream.ranks.size) * length
         batch = max(BATCH_TOKENS // length, 1) * length
         parts = (batch, layers.enough_for(plan.linears), gradients.TOKENS)
         text = footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
@@ -185,6 +187,7 @@ def quantize(
     on_error: OnError = "stop",
     verify: bool = True,
     memory_limit: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Report, Windows | None]:
     """Quantize a model and write it in every format of the recipe; return the report, and held-out text if there is.
 
@@ -196,35 +199,40 @@ def quantize(
     on_error: what to do where a linear cannot be quantized. "stop" raises the error, "skip" leaves it float, and those
         that read the same activations; ``Report.given_up`` names them.
     verify: read back what was written.
+    ranks: the processes that do this together. Where nothing is calibrated, the first one does it alone.
     """
     if recipe_.budget is not None:
         raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
     started = time.monotonic()
     memory.reset_peak()
     out = Path(out)
-    check_output(out)
+    ranks.from_first(lambda: check_output(out))
     if memory_limit is not None and device_of(device).type != "cpu":
         raise PlanError(
             "memory: limits a run on the CPU, and this one is on a GPU. Leave it out, or set device to cpu."
         )
-    stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit)
+    if ranks.size > 1 and recipe_.learned_rounding is not None:
+        raise RecipeError("learned_rounding: is done by one process. Leave it out, or start without torchrun.")
+    if ranks.size > 1 and memory_limit is None:  # one decision for all, while they take each other's memory
+        memory_limit = ranks.least(memory.room_bytes(device_of(device)) // ranks.local)
+    stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
     checkpoint = stream.checkpoint
     plan = plan_for(stream, recipe_)
+    if plan.needs == "nothing" and ranks.size > 1:
+        options = (work_folder, device, restart, trust_remote_code, progress, on_error, verify, memory_limit)
+        return ranks.from_first(lambda: quantize(model, recipe_, out, *options))
     if stream.device.type == "cpu":  # what peaks are foretold for
         footprint.check_fits(plan, stream.room_bytes)
     text = None
     if plan.needs != "nothing":
-        assert recipe_.calibration is not None
-        tokenizer = data.load_tokenizer(checkpoint.folder, trust_remote_code)
-        export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
-        text = data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
+        text = ranks.from_first(lambda: _calibration_tokens(stream, recipe_, trust_remote_code))
         stream.load()
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
     if text is not None or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip":
         folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
-        source = work.Work(folder, fingerprint(checkpoint, plan, text), restart)
+        source = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
         resumed = sum(source.has(i) for i in range(plan.layers))
         if text is None:
             direct.save(source, progress, on_error == "skip")
@@ -239,6 +247,39 @@ def quantize(
         source.all_records()  # what is damaged shows before anything is written
         if text is not None:
             checkpoint = work.Transformed(checkpoint, source, plan.layers)
+    report = ranks.from_first(
+        lambda: _written(model, plan, checkpoint, source, stream.config, text, out, resumed, progress, verify)
+    )
+    if work_folder is None:
+        source.remove()
+    else:
+        source.close()
+    report.seconds = round(time.monotonic() - started, 2)
+    report.peak_rss_bytes = memory.peak_bytes()
+    return report, None if text is None else data.held_out_windows(text)
+
+
+def _calibration_tokens(stream: Stream, recipe_: recipe.Recipe, trust_remote_code: bool) -> data.CalibrationTokens:
+    assert recipe_.calibration is not None
+    tokenizer = data.load_tokenizer(stream.checkpoint.folder, trust_remote_code)
+    export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
+    return data.calibration_tokens(recipe_.calibration, tokenizer, stream.context)
+
+
+def _written(
+    model: str | Path,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    source: work.Work | Direct,
+    config: Any,
+    text: data.CalibrationTokens | None,
+    out: Path,
+    resumed: int,
+    progress: Progress,
+    verify: bool,
+) -> Report:
+    """Write a model that has been quantized in every format of the recipe, and return the report."""
+    recipe_ = plan.recipe
     report = Report(
         model=str(model),
         recipe=recipe_.model_dump(mode="json", exclude_defaults=True),
@@ -250,20 +291,14 @@ def quantize(
         versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
         given_up=dict(plan.given_up),
     )
-    every = export.write_all(plan, checkpoint, source, recipe_.formats, stream.config, out, progress, verify)
+    every = export.write_all(plan, checkpoint, source, recipe_.formats, config, out, progress, verify)
     for name, (target, written) in every.items():
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
     report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
     report.notes += experts.notes(report.linears)
-    if work_folder is None:
-        source.remove()
-    else:
-        source.close()
-    report.seconds = round(time.monotonic() - started, 2)
-    report.peak_rss_bytes = memory.peak_bytes()
-    return report, None if text is None else data.held_out_windows(text)
+    return report
 
 
 @torch.no_grad()

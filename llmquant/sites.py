@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from llmquant import activations as activation_ranges
@@ -19,11 +19,12 @@ from llmquant.activations import Inputs
 from llmquant.checkpoint import check_finite
 from llmquant.errors import CalibrationError, FormatError, LlmquantError, NumericsError
 from llmquant.experts import Reader, Routed
-from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
-from llmquant.metrics import output_error
+from llmquant.grid import Grid, QuantizedTensor, dequantize, error_sums, rows_of
+from llmquant.metrics import output_power
 from llmquant.models import moe
 from llmquant.models.spec import ModelSpec, Site
 from llmquant.plan import Linear, Plan
+from llmquant.ranks import ALONE, Ranks
 from llmquant.stats import Accumulator, Stats
 from llmquant.stream import Activations, Stream
 from llmquant.transform import Rounding
@@ -185,7 +186,7 @@ class Layer:
         return site, x, *chosen[:1], *aimed
 
     def _sums(self, site: Site) -> Accumulator | Routed:
-        return self._accumulator(site) if site.linears else Routed()
+        return self._accumulator(site) if site.linears else Routed(self.stream.ranks)
 
     def _accumulator(self, site: Site) -> Accumulator:
         return accumulator(self.plan, self.stream, self.plan.of_layer(self.index, site), self.goal is not None)
@@ -230,7 +231,7 @@ class Layer:
         information = {x.name: self.outputs.get(information_of(plan.spec, site, local_name(plan, x))) for x in linears}
         try:
             quantized, told, targets = quantize_together(
-                linears, weights, stats, plan.recipe.rewrites, uncut, information
+                linears, weights, stats, plan.recipe.rewrites, uncut, information, self.stream.ranks
             )
             if self.skip:
                 check_packable(plan, quantized)
@@ -308,7 +309,8 @@ def information_of(spec: ModelSpec, site: Site, linear: str) -> str:
 
 
 def accumulator(plan: Plan, stream: Stream, linears: Sequence[Linear], drift: bool) -> Accumulator:
-    return Accumulator(linears[0].cols, plan.needs, stream.device, any(x.static for x in linears), drift)
+    static = any(x.static for x in linears)
+    return Accumulator(linears[0].cols, plan.needs, stream.device, static, drift, stream.ranks)
 
 
 def quantize_together(
@@ -318,6 +320,7 @@ def quantize_together(
     rewrites: Sequence[tuple[str, Any]] = (),
     uncut: Collection[str] = (),
     outputs: Mapping[str, tuple[Tensor, ...] | None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
     """Quantize linears that read the same activations; return them, what a report tells, and what was rounded.
 
@@ -326,6 +329,7 @@ def quantize_together(
 
     rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
     outputs: the Fisher information of a linear's outputs, by name, where its algorithm reads it.
+    ranks: among which rows are dealt; what was rounded is told of a rank's own.
     """
     done: dict[str, QuantizedTensor] = {}
     records: dict[str, Any] = {}
@@ -338,41 +342,123 @@ def quantize_together(
     rest = list(zip(linears, weights, strict=True))
     while rest:
         first = rest[0][0]
-        grid, choice = first.grid, first.choice
-        assert grid is not None
-        assert choice is not None
-        alike = rest[:1] if grid.shared else [r for r in rest if (r[0].grid, r[0].choice) == (grid, choice)]
+        alike = rest[:1] if first.grid and first.grid.shared else [r for r in rest if _same(r[0], first)]
         rest = [r for r in rest if r not in alike]
         started = time.monotonic()
-        rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
         try:
-            wanted: list[tuple[Tensor, float | None]] = [(w.float(), None) for _, w in alike]
-            if stats.drift is not None:
-                wanted = [*mismatch.corrected([w for w, _ in wanted], stats)]
-            rounded = {
-                x.name: w if x.name in uncut else _clipped(w, stats, rounding, rewrites)
-                for (x, _), (w, _) in zip(alike, wanted, strict=True)
-            }
-            targets |= rounded
-            stacked = torch.cat(list(rounded.values())) if len(rounded) > 1 else rounded[first.name]
-            known = [outputs.get(x.name) if outputs else None for x, _ in alike]
-            of_outputs = None if None in known else tuple(part for parts in known if parts for part in parts)
-            both: QuantizedTensor = rounding.algorithm.quantize(
-                stacked, replace(stats, outputs=of_outputs), grid, rounding.config
-            )
-            if choice.activations is not None:
-                both = replace(both, inputs=activation_ranges.fit(choice.activations, stats.sample))
+            q, found = _quantize_alike(alike, stats, rewrites, uncut, outputs or {}, ranks)
         except LlmquantError as error:
             raise type(error)(f"{first.weight_name}: {error}") from None
         seconds = (time.monotonic() - started) / len(alike)
         row = 0
-        for (linear, w), (target, share) in zip(alike, wanted, strict=True):
-            q = rows_of(both, row, row + linear.rows)
-            row += linear.rows
-            done[linear.name] = q
+        for (linear, w), (target, sums, share) in zip(alike, found, strict=True):
+            done[linear.name] = rows_of(q, row, row := row + len(w))
+            targets[linear.name] = target
             told: dict[str, Any] = {} if share is None else {"corrected": round(share, 4)}
-            records[linear.name] = _record(linear, w, target, q, stats) | told | {"seconds": round(seconds, 3)}
+            record = _record(linear, w, done[linear.name], sums, stats.tokens)
+            records[linear.name] = record | told | {"seconds": round(seconds, 3)}
     return done, records, targets
+
+
+def _same(linear: Linear, other: Linear) -> bool:
+    return (linear.grid, linear.choice) == (other.grid, other.choice)
+
+
+def _quantize_alike(
+    alike: Sequence[tuple[Linear, Tensor]],
+    stats: Stats,
+    rewrites: Sequence[tuple[str, Any]],
+    uncut: Collection[str],
+    outputs: Mapping[str, tuple[Tensor, ...] | None],
+    ranks: Ranks,
+) -> tuple[QuantizedTensor, list[tuple[Tensor, Tensor, float | None]]]:
+    """Quantize linears with the same grid and algorithm as one matrix, each rank some of its rows.
+
+    Returns the matrix, and of each linear: what was rounded, of this rank's rows; ``_sums``; how far a mismatch was
+    corrected.
+    """
+    grid, choice = alike[0][0].grid, alike[0][0].choice
+    assert grid is not None
+    assert choice is not None
+    rounding = Rounding(grid, plugins.load("algorithms", choice.algorithm, "algorithm"), choice.algorithm_config)
+    known = [outputs.get(x.name) for x, _ in alike]
+    of_outputs = None if None in known else [part for parts in known if parts for part in parts]
+    lengths = [len(w) for _, w in alike]
+    clips = [name for name, _ in rewrites if hasattr(plugins.load("transforms", name, "transforms"), "clip")]
+    if grid.shared or clips:
+        pieces = lengths  # of which each is seen as a whole
+    else:
+        pieces = [len(part) for part in of_outputs] if of_outputs else [1] * sum(lengths)
+    here = _dealt(pieces, ranks)
+    ends = list(itertools.accumulate(lengths))
+    own = [
+        w[max(here.start - end + len(w), 0) : max(here.stop - end + len(w), 0)].float()
+        for (_, w), end in zip(alike, ends, strict=True)
+    ]
+    wanted: list[tuple[Tensor, float | None]] = [(w, None) for w in own]
+    if stats.drift is not None:
+        wanted = [*mismatch.corrected(own, stats, ranks)]
+
+    def compute() -> tuple[QuantizedTensor | None, list[Tensor], list[Tensor]]:
+        """Return this rank's rows, quantized; by linear, what was rounded, and its sums."""
+        rounded = [
+            w if x.name in uncut or not len(w) else _clipped(w, stats, rounding, rewrites)
+            for (x, _), (w, _) in zip(alike, wanted, strict=True)
+        ]
+        if here.start == here.stop:
+            return None, rounded, [torch.zeros(len(SUMS), dtype=torch.float64) for _ in alike]
+        starts = itertools.accumulate(map(len, of_outputs or ()), initial=0)
+        some = tuple(
+            part for part, at in zip(of_outputs or (), starts, strict=False) if at in range(here.start, here.stop)
+        )
+        stacked = torch.cat(rounded) if len(rounded) > 1 else rounded[0]
+        q: QuantizedTensor = rounding.algorithm.quantize(
+            stacked, replace(stats, outputs=some if of_outputs else None), grid, rounding.config
+        )
+        sums, row = [], 0
+        for (linear, _), w, target in zip(alike, own, rounded, strict=True):
+            sums.append(_sums(linear, w, target, rows_of(q, row, row := row + len(w)), stats))
+        return q, rounded, sums
+
+    q, rounded, sums = _joined(compute, grid, ranks)
+    if choice.activations is not None:
+        q = replace(q, inputs=activation_ranges.fit(choice.activations, stats.sample))
+    return q, [(target, of, share) for target, of, (_, share) in zip(rounded, sums, wanted, strict=True)]
+
+
+def _dealt(pieces: Sequence[int], ranks: Ranks) -> slice:
+    """Return which rows this rank quantizes: some of the pieces, about as many rows as the others.
+
+    >>> [_dealt([4, 4, 1, 4], Ranks(rank, 3)) for rank in range(3)]
+    [slice(0, 4, None), slice(4, 9, None), slice(9, 13, None)]
+    """
+    edges = list(itertools.accumulate(pieces, initial=0))
+    start, stop = (min(edges, key=lambda x: abs(x - edges[-1] * r / ranks.size)) for r in (ranks.rank, ranks.rank + 1))
+    return slice(start, stop)
+
+
+def _joined(
+    compute: Callable[[], tuple[QuantizedTensor | None, list[Tensor], list[Tensor]]], grid: Grid, ranks: Ranks
+) -> tuple[QuantizedTensor, list[Tensor], list[Tensor]]:
+    """Return what all ranks compute: rows one after the other, and added sums; what was rounded stays a rank's own."""
+    if ranks.size == 1:
+        q, rounded, sums = compute()
+        assert q is not None
+        return q, rounded, sums
+    rounded = []
+
+    def sent() -> tuple[QuantizedTensor | None, Tensor]:
+        q, targets, sums = compute()
+        rounded.extend(targets)
+        moved = q and replace(q, codes=q.codes.cpu(), params={name: value.cpu() for name, value in q.params.items()})
+        return moved, torch.stack(sums).cpu()
+
+    found = ranks.each(sent)
+    parts = [part for part, _ in found if part is not None]
+    device = rounded[0].device
+    params = {n: torch.cat([part.params[n] for part in parts]).to(device) for n in parts[0].params}
+    q = replace(parts[0], codes=torch.cat([part.codes for part in parts]).to(device), params=params)
+    return q, rounded, list(torch.stack([sums for _, sums in found]).sum(0))
 
 
 def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tuple[str, Any]]) -> Tensor:
@@ -383,27 +469,37 @@ def _clipped(w: Tensor, stats: Stats, rounding: Rounding, rewrites: Sequence[tup
     return w
 
 
-def _record(linear: Linear, w: Tensor, target: Tensor, q: QuantizedTensor, stats: Stats) -> dict[str, Any]:
-    """Return what a report tells of a linear; raise CalibrationError when its numbers are not finite.
+SUMS = ("error² of the weights", "weights²", "error² of the outputs", "outputs²")
+
+
+def _sums(linear: Linear, w: Tensor, target: Tensor, q: QuantizedTensor, stats: Stats) -> Float64[Tensor, " sums"]:
+    """Return ``SUMS`` over some rows of a linear; raise CalibrationError when its numbers are not finite.
 
     target: the weights that were rounded; the error at the output is that of rounding these.
     """
-    w = w.float()
-    wrong, loud, lost, heard = error_sums(q, w, stats.square_mean).tolist()
-    error = lost / max(heard, 1e-30)
+    if not len(w):
+        return torch.zeros(len(SUMS), dtype=torch.float64, device=w.device)
+    sums = error_sums(q, w, stats.square_mean)
     if stats.hessian is not None:
-        error = output_error(dequantize(q).sub_(target), target, stats.hessian)
-    if not math.isfinite(error) and not torch.isfinite(dequantize(q)).all():
+        sums[2] = output_power(dequantize(q).sub_(target), stats.hessian)
+        sums[3] = output_power(target, stats.hessian)
+    if not torch.isfinite(sums[2:]).all() and not torch.isfinite(dequantize(q)).all():
         raise CalibrationError(
             f"{linear.weight_name}: quantized, it has values that are not finite: its largest weight is "
             f"{float(w.abs().max()):g}, and a scale may have overflowed its dtype. Set grid.scale_dtype to float32 or "
             "bfloat16, or keep this linear float by a rule."
         )
+    return sums
+
+
+def _record(linear: Linear, w: Tensor, q: QuantizedTensor, sums: Tensor, tokens: int) -> dict[str, Any]:
+    """Return what a report tells of a linear."""
+    wrong, loud, lost, heard = sums.tolist()
     assert linear.grid is not None
     return {
-        "error": round(error, 8),
+        "error": round(lost / max(heard, 1e-30), 8),
         "bits_per_weight": round(linear.grid.bits_per_weight, 4),
-        "tokens": stats.tokens,
+        "tokens": tokens,
         **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
         "layer": linear.layer,
         **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+
+from llmquant.ranks import ALONE, Ranks
 
 Needs = Literal["nothing", "diagonal", "hessian", "fisher"]
 """How much an algorithm wants to know; each includes the ones before it. The last: of the outputs, too."""
@@ -137,7 +139,10 @@ class Stats:
 
 
 class Accumulator:
-    """Sums activations batch by batch, always in the order given, in float32.
+    """Sums activations batch by batch, and at last those of all ranks.
+
+    A batch's own sums are float32. In float64, sums of such numbers are exact as long as they are of about one size, so
+    that neither the order of the batches nor the number of ranks changes a bit.
 
     sample: keep a sample of the values, for the range of quantized activations. It is a uniform one whatever the
         batches (each value draws a number, and those with the smallest stay), of at most ``SAMPLE`` values, and the
@@ -153,18 +158,21 @@ class Accumulator:
         device: torch.device | str = "cpu",
         sample: bool = False,
         drift: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         parts = 0 if needs in ("nothing", "diagonal") else 3 if drift else 1  # two halves, and what is not compared
-        self._hessians = [torch.zeros(cols, cols, device=device) for _ in range(parts)]
-        self._crosses = [torch.zeros(cols, cols, device=device) for _ in range(2 if drift else 0)]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._hessians = [zeros(cols, cols) for _ in range(parts)]
+        self._crosses = [zeros(cols, cols) for _ in range(2 if drift else 0)]
         self._counts = [0] * parts
-        self._squares = torch.zeros(cols, device=device)
-        self._magnitudes = torch.zeros(cols, device=device)
-        self._sums = torch.zeros(cols, device=device)
-        self._drifts = torch.zeros(cols, device=device)
+        self._squares, self._magnitudes, self._sums, self._drifts = (zeros(cols) for _ in range(4))
         self._largest = torch.zeros(cols, device=device)
         self._tokens = 0
-        self._sample = _Values(device) if sample else None
+        self._sample = _Values(device, ranks) if sample else None
+        self._ranks = ranks
 
     def add(self, x: Float[Tensor, "tokens cols"], aimed: Float[Tensor, "tokens cols"] | None = None) -> None:
         """aimed: what the float model reads in the place of x; None where it does not compute these tokens."""
@@ -189,49 +197,66 @@ class Accumulator:
             self._counts[part] += len(some)
             for start in range(0, x.shape[1], BLOCK):
                 block = slice(start, start + BLOCK)
-                hessian[block, start:].addmm_(some[:, block].T, some[:, start:])
-            if aimed is not None:
-                self._crosses[part].addmm_((aimed[here].float() - some).T, some)
+                hessian[block, start:] += some[:, block].T @ some[:, start:]
+                if aimed is not None:
+                    moved = aimed[here, block].float() - some[:, block]
+                    self._crosses[part][block] += moved.T @ some
 
     def result(self) -> Stats:
         """Return the statistics. The sums become what is returned, as they are large: to be called once, at the end."""
+        self._join()
         tokens = max(self._tokens, 1)
         sample = None if self._sample is None else self._sample.result()
-        hessian, drift, square_mean = None, None, self._squares / tokens
+        hessian, drift = None, None
         if self._crosses:
-            hessian = _symmetric(sum(self._hessians[1:], self._hessians[0]).div_(tokens))
-            del self._hessians[2]
+            every = self._hessians.pop()
+            for of_half in self._hessians:
+                every += of_half
+            hessian = _symmetric(every.div_(tokens))
+            del every
             means = [max(count, 1) for count in self._counts]
             compared = max(sum(self._counts[:2]), 1)
+            crosses = [self._crosses.pop(0).div_(count).float() for count in means[:2]]
+            halves = [_symmetric(self._hessians.pop(0).div_(count)) for count in means[:2]]
             drift = Drift(
-                (self._crosses[0].div_(means[0]), self._crosses[1].div_(means[1])),
-                (_symmetric(self._hessians[0].div_(means[0])), _symmetric(self._hessians[1].div_(means[1]))),
+                (crosses[0], crosses[1]),
+                (halves[0], halves[1]),
                 (self._counts[0] / compared, self._counts[1] / compared),
-                self._drifts / compared,
+                (self._drifts / compared).float(),
             )
         elif self._hessians:
-            hessian = _symmetric(self._hessians[0].div_(tokens))
+            hessian = _symmetric(self._hessians.pop().div_(tokens))
         del self._hessians, self._crosses
-        square_mean = square_mean if hessian is None else hessian.diagonal()
-        mean = self._sums / tokens
-        abs_mean = self._magnitudes / tokens
+        square_mean = (self._squares / tokens).float() if hessian is None else hessian.diagonal()
+        abs_mean, mean = ((sums / tokens).float() for sums in (self._magnitudes, self._sums))
         return Stats(hessian, square_mean, abs_mean, self._tokens, self._largest, sample, drift, mean=mean)
 
+    def _join(self) -> None:
+        """Make the sums those of all ranks."""
+        if self._ranks.size > 1:
+            sums = (self._squares, self._magnitudes, self._sums, self._drifts)
+            self._ranks.add(*self._hessians, *self._crosses, *sums)
+            self._ranks.largest(self._largest)
+            counts = self._ranks.each(lambda: [self._tokens, *self._counts])
+            self._tokens, *self._counts = (sum(of_ranks) for of_ranks in zip(*counts, strict=True))
 
-def _symmetric(upper: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
-    """Make a matrix symmetric of which only the upper half, diagonal included, is right, and return it."""
-    for start in range(0, len(upper), BLOCK):
+
+def _symmetric(upper: Float64[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """Return a matrix in float32 of which only the upper half, diagonal included, is known."""
+    whole = upper.float()
+    for start in range(0, len(whole), BLOCK):
         block = slice(start, start + BLOCK)
-        upper[block, block] = upper[block, block].triu() + upper[block, block].triu(1).T
-        upper[start + BLOCK :, block] = upper[block, start + BLOCK :].T
-    return upper
+        whole[block, block] = whole[block, block].triu() + whole[block, block].triu(1).T
+        whole[start + BLOCK :, block] = whole[block, start + BLOCK :].T
+    return whole
 
 
 class Sample:
-    """Keeps about ``TOKENS`` tokens of those that are added, evenly spread."""
+    """Keeps about ``TOKENS`` tokens of those that all ranks add, evenly spread."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, ranks: Ranks = ALONE) -> None:
         """tokens: how many will be added."""
+        self._ranks = ranks
         self._stride = max(tokens // TOKENS, 1)
         self._seen = 0
         self._kept: list[Tensor] = []
@@ -241,14 +266,15 @@ class Sample:
         self._seen += len(x)
 
     def result(self) -> Float[Tensor, "tokens cols"]:
-        return torch.cat(self._kept)
+        return self._ranks.joined(torch.cat(self._kept))
 
 
 class _Values:
-    """At most ``SAMPLE`` of the values that were added, each as likely to stay, and the extremes of all."""
+    """At most ``SAMPLE`` of the values that all ranks added, each as likely to stay, and the extremes of all."""
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._generator = torch.Generator(device).manual_seed(0)
+    def __init__(self, device: torch.device | str, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
+        self._generator = torch.Generator(device).manual_seed(ranks.rank)
         self._values = self._draws = self._extremes = torch.empty(0, device=device)
         self._bound = 1.0
 
@@ -260,13 +286,20 @@ class _Values:
     def _add(self, x: Float[Tensor, " values"]) -> None:
         draws = torch.rand(len(x), generator=self._generator, device=x.device)
         stay = draws < self._bound
-        self._values = torch.cat([self._values, x[stay]])
-        self._draws = torch.cat([self._draws, draws[stay]])
-        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, *torch.aminmax(x[None], dim=1)])))
+        self._keep(x[stay], draws[stay], torch.cat(torch.aminmax(x[None], dim=1)))
+
+    def _keep(self, values: Float[Tensor, " some"], draws: Float[Tensor, " some"], extremes: Tensor) -> None:
+        self._values = torch.cat([self._values, values])
+        self._draws = torch.cat([self._draws, draws])
+        self._extremes = torch.stack(torch.aminmax(torch.cat([self._extremes, extremes])))
         if len(self._draws) > SAMPLE:
             self._draws, smallest = self._draws.topk(SAMPLE, largest=False)
             self._values = self._values[smallest]
             self._bound = float(self._draws.max())
 
     def result(self) -> Float[Tensor, " values"]:
+        if self._ranks.size > 1:
+            found = [self._ranks.joined(x) for x in (self._values, self._draws, self._extremes)]
+            self._values = self._draws = self._extremes[:0]
+            self._keep(*found)
         return torch.cat([self._values, self._extremes])

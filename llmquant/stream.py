@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant import calibrate, memory
 from llmquant.checkpoint import Checkpoint, by_library, check_finite, check_followed
-from llmquant.errors import CheckpointError
+from llmquant.errors import CalibrationError, CheckpointError
 from llmquant.files import cannot_write
 from llmquant.models import moe, spec_for
 from llmquant.models.spec import ModelSpec
+from llmquant.ranks import ALONE, Ranks
 from llmquant.runtime.linear import QuantizedLinear
 
 MOST_BUFFERS = 4 << 30  # bytes of tables (rotary, masks) that a model computes for itself
@@ -92,10 +93,11 @@ class Stream:
         trust_remote_code: bool = False,
         weights: bool = True,
         memory_limit: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Load the weights outside the layers; with ``weights`` False only when ``load`` is called.
 
-        memory_limit: bytes that the process may have; None: all that are free.
+        memory_limit: bytes that the process may have; None: all that are free. ranks: among which batches are dealt.
         """
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
@@ -108,6 +110,7 @@ class Stream:
         self.tied = bool(config.get_text_config().tie_word_embeddings)
         self._trust_remote_code = trust_remote_code
         self._memory_limit = memory_limit
+        self.ranks = ranks
         if weights:
             self.load()
 
@@ -250,6 +253,23 @@ class Stream:
             for name in names:
                 set_module_tensor_to_device(layer, name, "meta")
 
+    def batches(self, sequences: int, length: int) -> list[slice]:
+        """Return the sequences that pass through a layer together, batch by batch; of all ranks.
+
+        The r-th of n ranks computes the batches r, r + n, r + 2n, ... Raises CalibrationError where one has none.
+        """
+        size = min(max(BATCH_TOKENS // length, 1), sequences // self.ranks.size or 1)
+        if sequences < self.ranks.size:
+            raise CalibrationError(
+                f"calibration: {sequences} sequences cannot be split over {self.ranks.size} processes. Start fewer, or "
+                "calibrate on more (--set calibration.sequences=...)"
+            )
+        return [slice(start, min(start + size, sequences)) for start in range(0, sequences, size)]
+
+    def own_batches(self, sequences: int, length: int) -> list[slice]:
+        """Return those of this rank."""
+        return self.batches(sequences, length)[self.ranks.rank :: self.ranks.size]
+
     @torch.no_grad()
     def start(
         self, tokens: Int[Tensor, "sequences time"], folder: Path | None = None, enough: int = sys.maxsize
@@ -263,11 +283,11 @@ class Stream:
                 f"{self.checkpoint.path}: the tokenizer gives the token id {int(tokens.max())}, but the model has "
                 f"{len(self.embedding_weight())} embeddings. They belong to different models."
             )
-        size = max(BATCH_TOKENS // tokens.shape[1], 1)
-        parts = torch.split(tokens, size)[: math.ceil(enough / (size * tokens.shape[1]))]
         calls: dict[int, list[calibrate.Call]] = {}
-        activations = Activations(calls, [part.numel() for part in parts], folder)
-        for i, part in enumerate(parts):
+        counts = [tokens[batch].numel() for batch in self.batches(*tokens.shape)]
+        activations = Activations(calls, _first(counts, enough, self.ranks), folder, self.ranks)
+        for i, batch in zip(range(len(activations)), self.own_batches(*tokens.shape), strict=False):
+            part = tokens[batch]
             activations[i], calls[len(part)] = calibrate.start(self.model, self.spec, part.to(self.device))
         return activations
 
@@ -359,24 +379,29 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 class Activations:
-    """What one layer reads: batches of sequences, and the other arguments the model gives each layer.
+    """What one layer reads: this rank's batches of sequences, and the other arguments the model gives each layer.
 
-    calls: by the number of sequences in a batch, one entry a layer. counts: the tokens of each batch.
+    calls: by the number of sequences in a batch, one entry a layer. counts: the tokens of each batch, of all ranks.
     folder: where each batch is kept in a file, so that it takes no memory while no one uses it; None: in memory.
     """
 
     def __init__(
-        self, calls: dict[int, list[calibrate.Call]], counts: Sequence[int], folder: Path | None = None
+        self,
+        calls: dict[int, list[calibrate.Call]],
+        counts: Sequence[int],
+        folder: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.calls = calls
         self._counts = counts
         self._folder = folder
+        self._ranks = ranks
         self._batches: dict[int, Tensor | tuple[Path, torch.device]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
-        return len(self._counts)
+        return len(range(self._ranks.rank, len(self._counts), self._ranks.size))
 
     def __iter__(self) -> Iterator[Float[Tensor, "_sequences time hidden"]]:
         return (self[i] for i in range(len(self)))
@@ -406,11 +431,12 @@ class Activations:
 
     @property
     def tokens(self) -> int:
+        """How many there are, of all ranks."""
         return sum(self._counts)
 
     def empty(self, folder: Path | None = None) -> Activations:
         """Return a place for as many batches of the same sequences."""
-        return Activations(self.calls, self._counts, folder)
+        return Activations(self.calls, self._counts, folder, self._ranks)
 
     def copy(self) -> Activations:
         """Return the same batches; one that is replaced in the copy is not replaced here, and is kept in memory."""
@@ -419,14 +445,19 @@ class Activations:
         return found
 
     def first(self, tokens: int) -> Activations:
-        """Return a copy of as many of the first batches as have so many tokens."""
+        """Return a copy of as many of the first batches as have so many tokens, of all ranks; one of each at least."""
         found = self.copy()
-        found._counts = [n for i, n in enumerate(self._counts) if sum(self._counts[:i]) < tokens]
+        found._counts = _first(self._counts, tokens, self._ranks)
         return found
 
     def call(self, x: Float[Tensor, "sequences time hidden"], index: int) -> calibrate.Call:
         """Return the other arguments of a layer for a batch of this size."""
         return self.calls[len(x)][index]
+
+
+def _first(counts: Sequence[int], tokens: int, ranks: Ranks) -> list[int]:
+    """Return the first of some numbers that add up to so many tokens, and one for each rank at least."""
+    return [n for i, n in enumerate(counts) if i < ranks.size or sum(counts[:i]) < tokens]
 
 
 class _Catch(nn.Module):

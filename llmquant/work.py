@@ -23,6 +23,7 @@ from llmquant.files import cannot_write, write_json
 from llmquant.gradients import LayerInformation
 from llmquant.grid import QuantizedTensor, rows_of
 from llmquant.plan import Linear, placeholder
+from llmquant.ranks import ALONE, Ranks
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
@@ -42,9 +43,19 @@ class Work:
     tensors of the layer that transforms changed.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False) -> None:
-        """Open or create the folder and lock it; raise OutputError when it was begun for something else."""
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False, ranks: Ranks = ALONE
+    ) -> None:
+        """Open or create the folder and lock it; raise OutputError when it was begun for something else.
+
+        ranks: that work in it together. The first one has the lock, and alone writes what is to be kept; what it keeps,
+        all can read when ``save`` returns. Each has ``scratch`` space of its own.
+        """
         self.folder = folder
+        self._ranks = ranks
+        ranks.from_first(lambda: self._open(folder, fingerprint, restart))
+
+    def _open(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / "lock")
@@ -72,7 +83,7 @@ class Work:
         return self.folder / f"{name}.safetensors"
 
     def has(self, part: int | str) -> bool:
-        return self._path(part).exists()
+        return self._ranks.from_first(self._path(part).exists)
 
     def save(
         self,
@@ -97,7 +108,7 @@ class Work:
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
         told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {})}
-        atomic_save(self._path(part), tensors, told, KEPT)
+        self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
 
     def given_up(self, part: int | str | None = None) -> dict[str, str]:
         """Return the linears of a part, or of all, that could not be quantized, and why."""
@@ -142,10 +153,10 @@ class Work:
         """Keep what is known of the outputs of a layer until it is finished."""
         tensors = {f"{name}:{i:05}": part for name, parts in known.linears.items() for i, part in enumerate(parts)}
         tensors = {name: part.cpu() for name, part in tensors.items()} | {"layer": known.layer.cpu()}
-        atomic_save(self._information(layer), tensors, {}, KEPT)
+        self._ranks.from_first(lambda: atomic_save(self._information(layer), tensors, {}, KEPT))
 
     def has_information(self, layer: int) -> bool:
-        return self._information(layer).exists()
+        return self._ranks.from_first(self._information(layer).exists)
 
     def information(self, layer: int, device: torch.device) -> LayerInformation:
         linears: dict[str, tuple[Tensor, ...]] = {}
@@ -157,7 +168,8 @@ class Work:
             return LayerInformation(linears, file.get_tensor("layer"))
 
     def drop_information(self, layer: int) -> None:
-        self._information(layer).unlink(missing_ok=True)
+        if self._ranks.first:
+            self._information(layer).unlink(missing_ok=True)
 
     def floats(self, layer: int) -> list[str]:
         """Return the full names of a layer's float tensors that transforms changed."""
@@ -188,7 +200,7 @@ class Work:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Give a folder for what is too large for the memory and is computed again by a run that goes on."""
-        place = self.folder / SCRATCH
+        place = self.folder / SCRATCH / str(self._ranks.rank)
         shutil.rmtree(place, ignore_errors=True)
         try:
             yield place
@@ -196,12 +208,16 @@ class Work:
             shutil.rmtree(place, ignore_errors=True)
 
     def close(self) -> None:
-        self._lock.release()
+        if self._ranks.first:
+            self._lock.release()
 
     def remove(self) -> None:
         """Delete the folder and what is in it."""
         self.close()
+        if not self._ranks.first:
+            return
         try:
+            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
             for path in self.folder.iterdir():
                 path.unlink()
             self.folder.rmdir()
