@@ -17,7 +17,7 @@ import torch
 
 from llmquant.checkpoint import SHARD_BYTES
 from llmquant.errors import PlanError
-from llmquant.plan import PIECE, Placement, Plan
+from llmquant.plan import PIECE, Placement, Plan, needs_of
 
 RUNTIME = 500_000_000  # Python, torch, transformers and compiled kernels before any model
 CALIBRATING = 80_000_000  # more of them
@@ -27,7 +27,8 @@ PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
 FEEDBACK = 36  # GPTQ
 PACKING = 3
 # For each element of the square of a site's columns:
-HESSIAN = 8  # while it is summed
+SUMS = 8  # a Hessian while it is summed
+HESSIAN = 4
 FACTORS = 38  # a Hessian; GPTQ's factors of it, and what they are computed in
 FACTORED = 16  # the same while rows are rounded
 EXPERT = 2  # Hessians of all tokens beside those of an expert's own
@@ -100,24 +101,30 @@ def _peaks(
     along = recipe.mismatch_correction or recipe.learned_rounding is not None
     held = 0 if placement == "files" else 4 * hidden * (text.tokens + along * text.aimed)
     sites = _sites(plan)
-    cols = [n for n, _, _ in sites]
+    cols = [site.cols for site in sites]
     width = 4 * hidden + 3 * max(cols)  # what a layer computes of a token
     forward = FORWARD * text.batch * width
     hessian = plan.needs in ("hessian", "fisher")
     # all of the layer's Hessians at a time where a fold is searched, or where the sites do not wait for each other
-    all_hessians = HESSIAN * sum(n**2 for n, _, expert in sites if not expert) if hessian else 0
-    together = 0 if recipe.true_sequential else all_hessians
+    squares = sum(site.cols**2 for site in sites if not site.expert) if hessian else 0
     # all tokens wait where experts begin
-    waiting = 4 * hidden * text.tokens * any(expert for _, _, expert in sites)
+    waiting = 4 * hidden * text.tokens * any(site.expert for site in sites)
     if placement == "waiting" and recipe.true_sequential:
         waiting = 4 * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
-    rounding = []
-    for n, weights, expert in sites:
-        working = max(FACTORS * n**2, FACTORED * n**2 + FEEDBACK * weights) if hessian else ROUNDING * weights
-        matrices = HESSIAN * EXPERT * expert * hessian + CORRECTION * recipe.mismatch_correction
-        rounding.append(working + matrices * n**2)
-    searching = all_hessians if recipe.folds else HESSIAN * max(cols) ** 2 if hessian else 0
-    layers = layer * (2 if along else 1) + held + waiting + max(together + max(rounding), forward + searching)
+    rounding, searching = [], []
+    for site in sites:
+        square, of_expert = site.cols**2, HESSIAN * EXPERT * site.expert * hessian
+        working = HESSIAN * square * hessian + ROUNDING * site.weights
+        if site.factorised:
+            working = max(FACTORS * square, FACTORED * square + FEEDBACK * site.weights)
+        rounding.append(working + (of_expert + CORRECTION * recipe.mismatch_correction) * square)
+        searching.append(FACTORS * square if site.factorised else 0)
+    summing = SUMS * (squares if recipe.folds or not recipe.true_sequential else hessian * max(cols) ** 2)
+    together = 0 if recipe.true_sequential else HESSIAN * squares
+    busy = [forward + summing, together + max(rounding)]
+    if recipe.folds:
+        busy.append(HESSIAN * squares + max(searching))
+    layers = layer * (2 if along else 1) + held + waiting + max(busy)
     base = RUNTIME + CALIBRATING
     found = {
         "start": base + outside + held + forward,
@@ -147,13 +154,27 @@ def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:
     return torch.get_num_threads() * PIECES * min(largest, PIECE)
 
 
-def _sites(plan: Plan) -> list[tuple[int, int, bool]]:
-    """Return the columns of every site, most weights of its linears, and whether it is one of an expert, as all are."""
-    found: dict[tuple[str, int, bool], int] = {}
+@dataclass
+class _Site:
+    """Linears that read the same activations, of all layers; one stands for those of all experts.
+
+    weights: the most that are rounded together. factorised: some of them by an algorithm that factorises the Hessian.
+    """
+
+    cols: int
+    expert: bool
+    weights: int = 0
+    factorised: bool = False
+
+
+def _sites(plan: Plan) -> list[_Site]:
+    found: dict[tuple[str, int], _Site] = {}
     for index in range(plan.layers):
         for site in plan.spec.sites_of(index):
             linears = plan.of_layer(index, site)
             if linears:
-                key = "" if site.expert else site.name, linears[0].cols, bool(site.expert)
-                found[key] = max(found.get(key, 0), sum(x.weights for x in linears))
-    return [(cols, weights, expert) for (_, cols, expert), weights in found.items()]
+                key = "" if site.expert else site.name, linears[0].cols
+                one = found.setdefault(key, _Site(linears[0].cols, bool(site.expert)))
+                one.weights = max(one.weights, sum(x.weights for x in linears))
+                one.factorised |= any(x.choice and needs_of(x.choice) in ("hessian", "fisher") for x in linears)
+    return list(found.values())
