@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -233,18 +234,21 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def draw(studies: Sequence[Results], path: Path) -> None:
-    """Plot mean KLD against size, a line of axes for each model, a column for each kind of format."""
+    """Plot mean KLD against size, a column of axes for each model, a line of them for each kind of format."""
     kinds = [kind for kind in ("mixture", "pure", "affine") if any(r["kind"] == kind for s in studies for r in s.rows)]
     programs = list(dict.fromkeys(row["program"] for s in studies for row in s.rows if row["kind"] != "float"))
-    figure = Figure(figsize=(4.6 * len(kinds), 3.6 * len(studies)), layout="constrained")
-    grid = figure.subplots(len(studies), len(kinds), squeeze=False)
-    for results, line in zip(studies, grid, strict=True):
-        for kind, axes in zip(kinds, line, strict=True):
-            plot(axes, [row for row in results.rows if row["kind"] == kind], programs)
-            axes.set_title(f"{results.model}: {TITLES[kind]}", fontsize=9)
-            axes.set_ylabel("mean KLD from the float model, decoded, nats", fontsize=8)
+    figure = Figure(figsize=(3.1 * len(studies) + 1.6, 2.9 * len(kinds)), layout="constrained")
+    grid = figure.subplots(len(kinds), len(studies), squeeze=False)
+    known: dict[str, Artist] = {}
+    for kind, line in zip(kinds, grid, strict=True):
+        for results, axes in zip(studies, line, strict=True):
+            known |= plot(axes, [row for row in results.rows if row["kind"] == kind], programs)
+            axes.set_title(f"{results.model}: {TITLES[kind]}", fontsize=8)
+        line[0].set_ylabel("mean KLD, decoded, nats", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("size, MB", fontsize=8)
+    shown = [program for program in programs if program in known]
+    figure.legend([known[program] for program in shown], shown, loc="outside right upper", fontsize=7)
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -253,8 +257,9 @@ THEIRS = ("tab:gray", "black", "tab:brown", "tab:olive", "tab:pink", "tab:cyan",
 MINE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "gold")
 
 
-def plot(axes: Axes, rows: Sequence[Row], programs: Sequence[str]) -> None:
-    """Plot a line for each program, decoded; its colour is the same in all axes."""
+def plot(axes: Axes, rows: Sequence[Row], programs: Sequence[str]) -> dict[str, Artist]:
+    """Plot a line for each program, decoded, and return it; its colour is the same in all axes."""
+    drawn: dict[str, Artist] = {}
     mine, theirs = ([p for p in programs if p.startswith(OURS) is own] for own in (True, False))
     for programs_, colours, style in ((theirs, THEIRS, "o--"), (mine, MINE, "s-")):
         for i, program in enumerate(programs_):
@@ -262,9 +267,8 @@ def plot(axes: Axes, rows: Sequence[Row], programs: Sequence[str]) -> None:
                 (row["compared_bytes"] / 1e6, row["decoded"]["kld_mean"]) for row in rows if row["program"] == program
             )
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=colours[i % len(colours)], label=program, ms=4)
+                (drawn[program],) = axes.plot(*zip(*points, strict=True), style, color=colours[i % len(colours)], ms=4)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    if rows:
-        axes.legend(fontsize=7)
+    axes.tick_params(labelsize=7, which="both")
+    return drawn

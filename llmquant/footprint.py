@@ -1,8 +1,8 @@
 """How much memory a run takes at most, foretold from shapes, and where its activations are so that it fits.
 
-A run goes through phases, each with a peak of its own. Bytes of a run in float32 on the CPU. ROUNDING, PIECES and
-PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to GPTQ alone; the others are counted
-from the code.
+A run goes through phases, each with a peak of its own. Bytes of a run in float32 on the CPU. ROUNDING, PIECES,
+BACKWARD and PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to GPTQ alone; the
+others are counted from the code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CORRECTION = 20  # what a mismatch needs beside the Hessian
 MARGIN = 0.8  # of the room, that a faster placement may fill: a peak has been a sixth higher than foretold
 # For each token and column, of what a layer computes in a batch:
 FORWARD = 4
-BACKWARD = 12
+BACKWARD = 25
 
 
 @dataclass(frozen=True)
