@@ -1,11 +1,10 @@
 """Does a plan foretell the peak memory of a run?
 
-    python eval/memory.py --text TEXT --work FOLDER --out eval/results/memory.md
+    python eval/memory.py --text TEXT --work FOLDER --out eval/results/memory.md [--models 1024x8 1024x32 ...]
 
-A random Llama with the demo model's tokenizer is quantized by each of some recipes, each in
-a process of its own, after the demo model: what Python, torch, transformers and compiled
-kernels take is then there already. It is told beside, and the errors are of what the run
-takes above that.
+Random Llamas of some columns and layers, with the demo model's tokenizer, in files of 1 GB, are
+quantized by each of some recipes, each in a process of its own, after the demo model: what Python,
+torch, transformers and compiled kernels take is then there already. It is told beside.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import transformers
+from accuracy import commit
 
 from llmquant import demo, footprint, memory, recipe, run
 from llmquant.report import markdown
@@ -49,38 +50,37 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="to calibrate on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--models", nargs="+", default=["512x2", "1024x2", "2048x2"], help="COLUMNSxLAYERS")
     parser.add_argument("--tokens", type=int, nargs=2, default=(16, 512), help="sequences, and tokens of each")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--one", action="store_true", help="measure the one case in this process and print it")
     args = parser.parse_args()
-    model = args.work / f"random-{args.hidden}-{args.layers}"
     if args.one:
-        measure(model, args.text, args.tokens, args.cases[0], args.work / "out")
+        measure(args.work / args.models[0], args.text, args.tokens, args.cases[0], args.work / "out")
         return
-    if not model.exists():
-        generate(model, args.hidden, args.layers)
     rows = []
-    for case in args.cases:
-        shutil.rmtree(args.work / "out", ignore_errors=True)
-        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--one", "--cases", case]
-        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        base, predicted, peak = json.loads(told.splitlines()[-1])
-        error = (predicted - footprint.RUNTIME) / (peak - base) - 1
-        rows.append([case, *(f"{n / 1e6:.0f}" for n in (base, peak, predicted)), f"{error:+.0%}"])
-        print(*rows[-1], sep="\t", flush=True)
-    count, threads = sum(i.numel for i in run.load_float(model).infos.values()), torch.get_num_threads()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    for name in args.models:
+        model = args.work / name
+        if not model.exists():
+            generate(model, *map(int, name.split("x")))
+        size = sum(info.bytes for info in run.load_float(model).infos.values())
+        for case in args.cases:
+            shutil.rmtree(args.work / "out", ignore_errors=True)
+            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--one", "--cases", case]
+            started = time.monotonic()
+            told = subprocess.run([*command, "--models", name], stdout=subprocess.PIPE, check=True, text=True).stdout
+            base, predicted, peak = json.loads(told.splitlines()[-1])
+            row = [name, f"{size / 1e6:.0f}", case, *(f"{n / 1e6:.0f}" for n in (base, peak, predicted))]
+            rows.append([*row, f"{predicted / peak - 1:+.0%}", f"{time.monotonic() - started:.0f}"])
+            print(*rows[-1], sep="\t", flush=True)
     lines = [
         "# The peak memory that a plan foretells",
         "",
-        f"Commit {commit.stdout.strip()}; a bfloat16 Llama of {count / 1e6:.0f} million random weights, {args.layers} "
-        f"layers of {args.hidden} columns; {args.tokens[0]} sequences of {args.tokens[1]} tokens; {threads} threads, "
-        "CPU. MB. Base: of a process that has quantized the demo model; a plan takes it to be "
-        f"{footprint.RUNTIME / 1e6:.0f}. Error: of what comes on top.",
+        f"Commit {commit()}; bfloat16 Llamas of random weights, COLUMNSxLAYERS; {args.tokens[0]} sequences of "
+        f"{args.tokens[1]} tokens where a recipe calibrates; {torch.get_num_threads()} thread(s), CPU. MB. Base: of a "
+        f"process that has quantized the demo model; a plan takes it to be {footprint.RUNTIME / 1e6:.0f}.",
         "",
-        markdown(("recipe", "base", "peak", "predicted peak", "error"), rows),
+        markdown(("model", "its files", "recipe", "base", "peak", "predicted", "error", "seconds"), rows),
         "",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ def generate(folder: Path, hidden: int, layers: int) -> None:
         max_position_embeddings=2048,
         pad_token_id=None,
     )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="1GB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo.MODEL / name, folder)
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 512), help="sequences, and tokens of each")
     parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
-    model = args.work / f"random-{args.hidden}-{args.layers}"
+    model = args.work / f"{args.hidden}x{args.layers}"
     if not model.exists():
         generate(model, args.hidden, args.layers)
     rows = []
