@@ -476,17 +476,20 @@ def escape(text: str) -> str:
     return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does."""
+_signals: list[int] = []
+"""Those that were told to stop this process by: a library may turn the exception into one of its own."""
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+def _stop(number: int, frame: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line: what the input caused is one message and exit code 2, never a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _signals.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     out.quiet = err.quiet = RANK > 0  # the first one speaks for all, but for errors
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["quantize"]:
@@ -540,10 +543,12 @@ def _progress(again: bool = True) -> Iterator[Tell]:
 
         try:
             yield tell
-        except KeyboardInterrupt as stop:
+        except BaseException:
+            if not _signals:
+                raise
             bars.stop()
             err.print(f"Stopped{f' while {doing}' if doing else ''}. {_how_to_go_on(doing, at, again)}", soft_wrap=True)
-            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+            raise typer.Exit(128 + _signals[0]) from None
 
 
 def _how_to_go_on(doing: str, done: int, again: bool) -> str:
