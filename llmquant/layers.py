@@ -328,8 +328,13 @@ class _Folds:
             calibrate.producer_rows(layer, site),
             site.fold.kind.startswith("norm"),
         )
-        try:
+
+        def search() -> Scales:
             found: Scales = transform.search(view, config)
+            return found._replace(factors=found.factors.cpu())
+
+        try:
+            found = self._stream.ranks.from_first(search)
         except LlmquantError as error:
             raise type(error)(f"{linears[0].weight_name}: {error}") from None
         for linear in linears:
@@ -337,7 +342,7 @@ class _Folds:
         if bool((found.factors == 1).all()):
             return None
         dtype = self._stream.checkpoint.infos[f"{plan.spec.layers}.{index}.{site.fold.module}.weight"].dtype
-        factors = calibrate.storable_scales(layer, site, found.factors, dtype)
+        factors = calibrate.storable_scales(layer, site, found.factors.to(stats.square_mean.device), dtype)
         divisor = calibrate.fold_scales(layer, site, factors)
         if feeding := self._outputs.get(site.fold.module):
             of_parts = torch.split(divisor, [len(part) for part in feeding])

@@ -19,7 +19,7 @@ from llmquant.activations import Inputs
 from llmquant.checkpoint import check_finite
 from llmquant.errors import CalibrationError, FormatError, LlmquantError, NumericsError
 from llmquant.experts import Reader, Routed
-from llmquant.grid import Grid, QuantizedTensor, dequantize, error_sums, rows_of
+from llmquant.grid import QuantizedTensor, dequantize, error_sums, rows_of
 from llmquant.metrics import output_power
 from llmquant.models import moe
 from llmquant.models.spec import ModelSpec, Site
@@ -420,7 +420,7 @@ def _quantize_alike(
             sums.append(_sums(linear, w, target, rows_of(q, row, row := row + len(w)), stats))
         return q, rounded, sums
 
-    q, rounded, sums = _joined(compute, grid, ranks)
+    q, rounded, sums = _joined(compute, ranks)
     if choice.activations is not None:
         q = replace(q, inputs=activation_ranges.fit(choice.activations, stats.sample))
     return q, [(target, of, share) for target, of, (_, share) in zip(rounded, sums, wanted, strict=True)]
@@ -438,7 +438,7 @@ def _dealt(pieces: Sequence[int], ranks: Ranks) -> slice:
 
 
 def _joined(
-    compute: Callable[[], tuple[QuantizedTensor | None, list[Tensor], list[Tensor]]], grid: Grid, ranks: Ranks
+    compute: Callable[[], tuple[QuantizedTensor | None, list[Tensor], list[Tensor]]], ranks: Ranks
 ) -> tuple[QuantizedTensor, list[Tensor], list[Tensor]]:
     """Return what all ranks compute: rows one after the other, and added sums; what was rounded stays a rank's own."""
     if ranks.size == 1:
