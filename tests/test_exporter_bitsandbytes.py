@@ -205,6 +205,15 @@ def test_8_bit_folders_are_refused():
         exporter.linears(["a.weight", "a.SCB"], {"load_in_4bit": False, "load_in_8bit": True})
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Let bitsandbytes decode and multiply in float32, also on processors with bfloat16 instructions.
+
+    There it rearranges the packed weights at the first forward and multiplies in bfloat16.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 def theirs(folder, **options):
     """Return transformers' model of a folder, float or 4-bit."""
     return hf.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
