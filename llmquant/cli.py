@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -603,6 +604,8 @@ def _show_plan(planned: Plan) -> None:
     where = {"waiting": "", "memory": ", each layer once for each site", "files": ", activations in files"}
     disk = planned.work_bytes + sum(planned.files.values())
     out.print(f"peak memory about {size(planned.peak_bytes)}{where[planned.placement]}; disk {size(disk)}")
+    if planned.seconds:
+        out.print(f"time about {timedelta(seconds=round(sum(planned.seconds.values())))} on this machine")
 
 
 def _plan_facts(planned: Plan) -> dict[str, Any]:
@@ -620,6 +623,7 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "peak_bytes": planned.peak_bytes,
         "peaks": dict(planned.peaks),
         "placement": planned.placement,
+        "seconds": {phase: round(seconds, 1) for phase, seconds in planned.seconds.items()},
         "work_bytes": planned.work_bytes,
     }
 

@@ -59,6 +59,11 @@ def corrected(
     return [(part + share * way, share) for part, way, share in parts]
 
 
+def multiply_adds(rows: int, cols: int) -> float:
+    """Return about how many of a matrix product take as long as ``corrected`` (see ``llmquant.duration``)."""
+    return 4.5 * (cols + rows) * cols**2 + 5000.0 * rows * cols
+
+
 def _solved(hessian: Float[Tensor, "cols cols"], right: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """Return ``right`` times the inverse of the damped Hessian."""
     damped = hessian.to(torch.float64, copy=True)

@@ -95,6 +95,7 @@ class Plan:
     files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
     placement: Placement = "waiting"
     peaks: Mapping[str, int] = field(default_factory=dict)  # phase of the run -> bytes of memory that it needs at most
+    seconds: Mapping[str, float] = field(default_factory=dict)  # phase of the run -> about how long it takes
     given_up: Mapping[str, str] = field(default_factory=dict)  # linears that could not be quantized -> why
 
     @property

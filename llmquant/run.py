@@ -21,6 +21,7 @@ import llmquant
 from llmquant import (
     calibrate,
     data,
+    duration,
     experts,
     export,
     footprint,
@@ -133,12 +134,15 @@ def open_stream(
 def make_plan(
     model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False, memory_limit: int | None = None
 ) -> Plan:
-    """Return what a run would do, with the sizes of its files; reads no weights.
+    """Return what a run would do, with the sizes of its files, and about how long it takes here; reads no weights.
 
     Raises PlanError when it would need more memory than a limit allows.
     """
     stream = open_stream(model, recipe_, None, trust_remote_code, memory_limit)
     plan = with_files(plan_for(stream, recipe_), stream)
+    text, device = _text_of(stream, plan), device_of("auto")
+    times = duration.seconds(plan, stream.hidden_size, stream.vocabulary, text, duration.speed(device))
+    plan = replace(plan, seconds=times)
     if memory_limit is not None:
         footprint.check_fits(plan, memory_limit)
     return plan
@@ -157,14 +161,20 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.other_linears if told else (),
         stream.foldable if recipe_.folds else (),
     )
-    text = footprint.Text()
-    if recipe_.calibration is not None:
-        length = recipe_.calibration.length or min(stream.context, 2048)
-        tokens = math.ceil(recipe_.calibration.sequences / stream.ranks.size) * length
-        batch = max(BATCH_TOKENS // length, 1) * length
-        parts = (batch, layers.enough_for(plan.linears), gradients.TOKENS)
-        text = footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
+    text = _text_of(stream, plan)
     return footprint.placed(plan, stream.hidden_size, stream.vocabulary, text, exporters, stream.room_bytes)
+
+
+def _text_of(stream: Stream, plan: Plan) -> footprint.Text:
+    """Return how many tokens each rank computes."""
+    calibration = plan.recipe.calibration
+    if calibration is None:
+        return footprint.Text()
+    length = calibration.length or min(stream.context, 2048)
+    tokens = math.ceil(calibration.sequences / stream.ranks.size) * length
+    batch = max(BATCH_TOKENS // length, 1) * length
+    parts = (batch, layers.enough_for(plan.linears), gradients.TOKENS)
+    return footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
 
 
 def with_files(plan: Plan, stream: Stream) -> Plan:

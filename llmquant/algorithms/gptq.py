@@ -260,6 +260,13 @@ def _rounded_rows(w: Float[Tensor, "rows cols"], columns: _Columns) -> Quantized
     return q
 
 
+def multiply_adds(rows: int, cols: int, config: Config) -> float:
+    """Return about how many of a matrix product take as long as ``quantize`` (see ``llmquant.duration``)."""
+    visits = 1 + config.scale_search + config.sweeps
+    by_weight = 2100 * visits + 28_000 * config.two_sided
+    return (0.5 + 1.7 * visits) * (cols + rows) * cols**2 + by_weight * rows * cols
+
+
 def quick(config: Config) -> Config:
     """Return settings by which searches judge what this algorithm makes of their candidates: without refinements."""
     return replace(config, scale_search=False, sweeps=0, two_sided=False)

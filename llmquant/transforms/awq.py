@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmquant.grid import Grid
 from llmquant.stats import Needs, Stats
-from llmquant.transform import Rounding, Scales, SiteView, round_to_nearest, row_errors
+from llmquant.transform import ROWS, Rounding, Scales, SiteView, round_to_nearest, row_errors
 
 SMALLEST = 1e-4  # of the factors before they are centred, as a share of the largest
 PATIENCE = 3  # exponents in a row without a smaller loss, after which larger ones are not tried
@@ -74,6 +74,11 @@ def search(site: SiteView, config: Config) -> Scales:
     if site.scaled(best.factors).error() > site.error():
         best, lowest = Scales(torch.ones_like(best.factors), {"exponent": 0.0, "duo": False}), unscaled
     return Scales(best.factors, {**best.record, "loss": round(lowest / max(unscaled, 1e-30), 6)})
+
+
+def multiply_adds(rows: int, cols: int, config: Config) -> float:
+    """Return about how many of a matrix product take as long as a linear's part of ``search``."""
+    return 1.2 * config.steps * min(rows, ROWS) * cols**2
 
 
 def _magnitudes(site: SiteView) -> Float[Tensor, " cols"]:
