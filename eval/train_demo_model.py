@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmquant.demo import text
 
@@ -145,45 +145,19 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.02, (1 - progress) / 0.5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--corpus", type=Path, action="append", default=[])
-    parser.add_argument("--package", action="append", default=[])
-    parser.add_argument("--vocabulary", type=int, default=3072)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of 512 tokens")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
-    args = parser.parse_args()
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Tensor,
+    held_out: Tensor,
+    args: argparse.Namespace,
+    generator: torch.Generator,
+) -> None:
+    """Train a model on a row of tokens for ``args.minutes`` and save it, now and then and at last.
 
-    documents = corpus(args.corpus, args.package)
-    tokenizer = train_tokenizer(documents, args.vocabulary)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(documents), generator=generator)
-    ids = tokenizer([documents[int(i)] for i in order])["input_ids"]
-    tokens = torch.tensor([t for document in ids for t in document])
-    held_out = torch.tensor(tokenizer(text.text("evaluation"))["input_ids"])
-    held_out = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)[::4]
+    held_out: sequences to measure the loss on.
+    """
     print(f"{len(tokens) / 1e6:.2f} million training tokens, {held_out.numel()} held out")
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=args.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=LONG_CONTEXT,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-        )
-    )
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     optimizers = {
@@ -236,6 +210,51 @@ def main() -> None:
     loss_now = evaluate()
     print(f"held out: loss {loss_now:.3f}, perplexity {math.exp(loss_now):.2f}, {used / 1e6:.1f} million tokens")
     save({"tokens": used, "held_out_loss": round(loss_now, 4), "minutes": args.minutes, "steps": step})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``train`` reads."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--vocabulary", type=int, default=3072)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of 512 tokens")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the forward pass")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--corpus", type=Path, action="append", default=[])
+    parser.add_argument("--package", action="append", default=[])
+    args = parser.parse_args()
+
+    documents = corpus(args.corpus, args.package)
+    tokenizer = train_tokenizer(documents, args.vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(documents), generator=generator)
+    ids = tokenizer([documents[int(i)] for i in order])["input_ids"]
+    tokens = torch.tensor([t for document in ids for t in document])
+    held_out = torch.tensor(tokenizer(text.text("evaluation"))["input_ids"])
+    held_out = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)[::4]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=args.vocabulary,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LONG_CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
+    train(model, tokenizer, tokens, held_out, args, generator)
 
 
 if __name__ == "__main__":
