@@ -256,7 +256,8 @@ class Stream:
     def batches(self, sequences: int, length: int) -> list[slice]:
         """Return the sequences that pass through a layer together, batch by batch; of all ranks.
 
-        The r-th of n ranks computes the batches r, r + n, r + 2n, ... Raises CalibrationError where one has none.
+        The r-th of n ranks computes the batches r, r + n, r + 2n, ... Where there are fewer batches than ranks they are
+        made smaller, which changes the rounding of sums. Raises CalibrationError where there are fewer sequences.
         """
         size = min(max(BATCH_TOKENS // length, 1), sequences // self.ranks.size or 1)
         if sequences < self.ranks.size:
