@@ -5,7 +5,8 @@ rows, are known to every rank after each site. The first rank alone writes. All 
 processes on several machines therefore share.
 
 Ranks do the same things in the same order: what leads to a decision is either computed from sums that all have, bit
-by bit the same, or told by the first rank.
+by bit the same, or told by the first rank. So they write what one process does; but ranges of static activations are
+chosen on another sample of the values, and differ in the third digit.
 
 A rank that meets an error, or is killed, leaves the others waiting for a sum that never comes. The first is noticed at
 once, when the connection ends, the second at the latest after ``SILENCE`` seconds by the signs of life that each rank
