@@ -140,7 +140,7 @@ def make_plan(
     """
     stream = open_stream(model, recipe_, None, trust_remote_code, memory_limit)
     plan = with_files(plan_for(stream, recipe_), stream)
-    text, device = _text_of(stream, plan), device_of("auto")
+    text, device = text_of(stream, plan), device_of("auto")
     times = duration.seconds(plan, stream.hidden_size, stream.vocabulary, text, duration.speed(device))
     plan = replace(plan, seconds=times)
     if memory_limit is not None:
@@ -161,11 +161,11 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.other_linears if told else (),
         stream.foldable if recipe_.folds else (),
     )
-    text = _text_of(stream, plan)
+    text = text_of(stream, plan)
     return footprint.placed(plan, stream.hidden_size, stream.vocabulary, text, exporters, stream.room_bytes)
 
 
-def _text_of(stream: Stream, plan: Plan) -> footprint.Text:
+def text_of(stream: Stream, plan: Plan) -> footprint.Text:
     """Return how many tokens each rank computes."""
     calibration = plan.recipe.calibration
     if calibration is None:

@@ -212,15 +212,16 @@ class Work:
             self._lock.release()
 
     def remove(self) -> None:
-        """Delete the folder and what is in it."""
+        """Delete what a run has put into the folder, and the folder where it holds nothing else."""
         self.close()
         if not self._ranks.first:
             return
         try:
             shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
-            for path in self.folder.iterdir():
+            for path in filter(_ours, list(self.folder.iterdir())):
                 path.unlink()
-            self.folder.rmdir()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
         except OSError as error:
             raise OutputError(
                 f"{self.folder}: cannot be removed: {error.strerror}. The output is complete; this is needed no more."

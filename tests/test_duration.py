@@ -11,7 +11,7 @@ SPEED = 1e9
 def foretold(model, name, changes=None):
     stream = run.open_stream(model, recipe.load(name, changes))
     plan = run.plan_for(stream, recipe.load(name, changes))
-    return duration.seconds(plan, stream.hidden_size, stream.vocabulary, run._text_of(stream, plan), SPEED)
+    return duration.seconds(plan, stream.hidden_size, stream.vocabulary, run.text_of(stream, plan), SPEED)
 
 
 def test_what_is_not_done_takes_no_time(llama, calibrated):

@@ -318,3 +318,15 @@ def test_a_run_that_is_stopped_while_it_is_measured_leaves_a_whole_folder(llama,
     report = read_json(tmp_path / "out" / "llmquant-report.json")
     assert report["evaluation"] == []
     assert report["hashes"]["gptq"]["README.md"] == Digest(tmp_path / "out" / "README.md").hexdigest()
+
+
+def test_a_finished_run_leaves_what_it_has_not_put_into_the_work_folder(llama, calibrated, tmp_path, monkeypatch):
+    save = Work.save
+
+    def beside(self, *args, **options):
+        save(self, *args, **options)
+        (self.folder / "mine.txt").write_text("not a run's")
+
+    monkeypatch.setattr(Work, "save", beside)
+    run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out.work").iterdir()] == ["mine.txt"]
