@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accuracy import commit
 from accuracy_report import geometric_mean, standard_error, without_folders
+from checkout import commit
 from splits import check_disjoint
 
 from llmquant import evaluation, recipe, run

@@ -43,12 +43,12 @@ from typing import Any
 import torch
 import yaml
 from accuracy_report import SETTLED, without_folders, write_report
+from checkout import SOURCE, commit
 from outliers import write_outliers
 from peers import AUTOROUND, GPTQMODEL, LLMCOMPRESSOR, children_seconds, version
 from safetensors.torch import save_file
 from splits import check_disjoint
 
-import llmquant
 from llmquant import api, data, evaluation, plugins, run, work
 from llmquant.errors import LlmquantError
 from llmquant.metrics import Scores
@@ -79,7 +79,6 @@ VARIANTS = {
 $imatrix: the file that llama-quantize gets, or null for formats other than GGUF. $select: the text to choose on.
 $format: "q4_k_m", "w4g128".
 """
-SOURCE = Path(llmquant.__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -344,12 +343,6 @@ def measured(path: Path, windows: Windows, reference: evaluation.Reference) -> d
             means = each.view(len(windows.tokens), -1).double().mean(1)
             found[how][f"{name}_windows"] = " ".join(f"{mean:.7g}" for mean in means.tolist())
     return found
-
-
-def commit() -> str:
-    """Return the commit of llmquant's checkout, marked where files differ from it."""
-    command = ["git", "-C", str(SOURCE), "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def llama_version(folder: Path) -> str:

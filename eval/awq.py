@@ -14,10 +14,10 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
+from checkout import commit
 from outliers import write_outliers
 
 from llmquant import evaluation, recipe, run
@@ -85,11 +85,10 @@ def main() -> None:
                     kld = f"{statistics.mean(klds):.5f}"
                     lines.append([name, grid, variant, f"{perplexity:.3f}", kld, spread, f"{seconds:.0f}"])
             protocols.append(f"{name}: {windows.label}.")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     head = [
         "# AWQ beside rounding to nearest and GPTQ: perplexity and mean KL divergence from the float model",
         "",
-        f"Commit {commit.stdout.strip()}; means over {args.seeds} samples of {args.sequences} sequences of "
+        f"Commit {commit()}; means over {args.seeds} samples of {args.sequences} sequences of "
         f"{args.length} tokens to calibrate on; asymmetric groups of 128 columns.",
         "",
     ]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
+
+from checkout import commit
 
 from llmquant import api, evaluation, recipe
 from llmquant.report import markdown, size
@@ -102,11 +103,10 @@ def main() -> None:
 
 
 def _write(args: argparse.Namespace, table: list[list[str]], facts: list[dict[str, object]]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     lines = [
         "# A budgeted mixed-precision recipe beside the uniform recipe of the same size",
         "",
-        f"Commit {commit.stdout.strip()}; sensitivity by {args.by} on {args.tokens} tokens of one part of the text, "
+        f"Commit {commit()}; sensitivity by {args.by} on {args.tokens} tokens of one part of the text, "
         f"divergence on {args.test_tokens} tokens of another. Sum of parts: of the divergences that were measured one "
         "by one, which the divergence of the whole on the selection split should come near to.",
         "",

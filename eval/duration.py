@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from accuracy import commit
+from checkout import commit
 from memory import generate
 
 from llmquant import demo, duration, recipe, run

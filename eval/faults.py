@@ -19,7 +19,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ if __name__ == "__main__":
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 import torch
+from checkout import commit
 from forked import begin
 
 from llmquant import demo
@@ -154,18 +154,20 @@ class Faults:
         def limit() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[point], resource.RLIM_INFINITY))
 
-        if disk:
+        out = tempfile.mkdtemp()  # what it prints needs room, too
+        (folder / "output").symlink_to(Path(out) / "output")
+        pid = begin([*CASES[case], *END], folder, (lambda: None) if disk else limit)
+        moment = f"no file above {LIMITS[point]:,} bytes"
+        if disk:  # which is full only when the run has begun: it would be refused
+            while not any((folder / name).exists() for name in ("work", "out.work", "out.partial")):
+                time.sleep(0.001)
             need = sum(map(len, self.alone[case].values()))
             room = int((0.02 + point / 10) * need)
             moment = f"{room:,} bytes free"
             left = shutil.disk_usage(folder).free - room
             with ballast.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(left, 1))
-        else:
-            moment = f"no file above {LIMITS[point]:,} bytes"
-        out = tempfile.mkdtemp()  # what it prints needs room, too
-        (folder / "output").symlink_to(Path(out) / "output")
-        code = ended(begin([*CASES[case], *END], folder, (lambda: None) if disk else limit))
+        code = ended(pid)
         said = (Path(out) / "output").read_text("utf-8") if (Path(out) / "output").exists() else ""
         found = Found("disk full", case, moment)
         left_over = sorted(p.name for p in folder.iterdir() if p.name == "out" or "partial" in p.name)
@@ -233,17 +235,11 @@ def report(found: list[Found], disk: bool) -> str:
     for kind, case in dict.fromkeys((f.kind, f.case) for f in found):
         of = [f for f in found if (f.kind, f.case) == (kind, case)]
         rows.append([kind, case, str(len(of)), str(sum(not f.problem for f in of))])
-    commit = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return "\n".join(
         [
             "# Kills, full disks, signals and runs at once",
             "",
-            f"Commit {commit.stdout.strip()}; the demo model. "
+            f"Commit {commit()}; the demo model. "
             + ("Full: a small file system." if disk else "Full: no file may be larger than a limit."),
             "",
             markdown(["what", "run", "attempts", "same bytes in the end"], rows),

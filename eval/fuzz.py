@@ -22,7 +22,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 import yaml
+from checkout import commit
 from forked import begin, run_here
 
 from llmquant import api, demo, gguf_file
@@ -730,18 +730,12 @@ def report(outcomes: list[Outcome], seed: int) -> str:
         figures = [len(of), *codes, sum(bool(o.problem) for o in of)]
         slowest, peak = max(o.seconds for o in of), max(o.peak_bytes for o in of)
         rows.append([kind, *map(str, figures), f"{slowest:.1f}", f"{peak / 1e6:.0f}"])
-    commit = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     columns = ["kind", "inputs", "refused", "accepted", "failures", "slowest, s", "peak memory, MB"]
     return "\n".join(
         [
             "# Mutated inputs",
             "",
-            f"Commit {commit.stdout.strip()}, seed {seed}. Refused: one message and exit code 2. Accepted: the damage "
+            f"Commit {commit()}, seed {seed}. Refused: one message and exit code 2. Accepted: the damage "
             "did not matter, or nothing can tell it from another model. A failure is a traceback, another exit code, "
             f"more than {SECONDS} s of processor time, more than {MEMORY / 1e6:.0f} MB, or a file outside the output "
             "folder. The memory is that of the whole process, Python, torch and transformers included.",

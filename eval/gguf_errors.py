@@ -18,6 +18,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from checkout import commit
 
 from llmquant import api, gguf_file, imatrix
 from llmquant.recipe import Recipe
@@ -83,12 +84,11 @@ def main() -> None:
                     line += [f"{statistics.mean(ratios):.3f}", f"{max(ratios):.3f}"]
                 rows.append(line)
                 print(*line, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     columns = ("model", "type", "plain: mean", "plain: worst matrix", "imatrix: mean", "imatrix: worst matrix")
     lines = [
         "# Weighted squared error of the GGUF types, over that of llama-quantize (below 1: nearer to the float)",
         "",
-        f"Commit {commit.stdout.strip()}; imatrix of {args.sequences} sequences of 512 tokens.",
+        f"Commit {commit()}; imatrix of {args.sequences} sequences of 512 tokens.",
         "",
         markdown(columns, rows),
         "",

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import tempfile
 from pathlib import Path
+
+from checkout import commit
 
 from llmquant import evaluation, recipe, run
 from llmquant.report import markdown
@@ -80,11 +81,10 @@ def main() -> None:
                 print(Path(model).name, grid, variant, line[-1], f"{report.seconds} s", flush=True)
             table.append(line)
         sections += [markdown(("model", "grid", *VARIANTS), table), "", f"Protocol: {windows.label}.", ""]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     head = [
         "# GPTQ against rounding to nearest: mean KL divergence from the float model, with its standard error",
         "",
-        f"Commit {commit.stdout.strip()}; {args.sequences} sequences of {args.length} tokens to calibrate on.",
+        f"Commit {commit()}; {args.sequences} sequences of {args.length} tokens to calibrate on.",
         "",
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)

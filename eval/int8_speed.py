@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from checkout import commit
 
 from llmquant.activations import ActivationScheme, Inputs, encode
 from llmquant.report import markdown
@@ -82,13 +82,12 @@ def main() -> None:
         bandwidth = weight.numel() / middle["product"] / 1e6
         rows.append([str(batch), *(f"{middle[side]:.2f}" for side in calls), f"{ratio:.2f}", f"{bandwidth:.1f}"])
         print(*rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     kernel = "oneDNN with VNNI" if torch.cpu._is_vnni_supported() else "torch._int_mm"
     columns = ("batch", "float32 ms", "int8 ms", "product ms", "float32 / int8", "product GB/s")
     lines = [
         f"# A linear of {args.rows} x {args.cols}: dynamic int8 beside float32",
         "",
-        f"Commit {commit.stdout.strip()}; {cpu()}, {args.threads} threads, {kernel}, torch {torch.__version__}, "
+        f"Commit {commit()}; {cpu()}, {args.threads} threads, {kernel}, torch {torch.__version__}, "
         f"weights {'in cache if they fit' if args.warm else 'out of cache'}, medians of {args.repeat} runs in turns. "
         "The last column is the weights' bytes over the product's time.",
         "",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from accuracy import commit
+from checkout import commit
 
 from llmquant import demo, footprint, memory, recipe, run
 from llmquant.report import markdown

@@ -8,9 +8,10 @@ Each recipe keeps its own settings; the calibration text and its amount are repl
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 from pathlib import Path
+
+from checkout import commit
 
 from llmquant import api
 from llmquant.report import COLUMNS, cells, markdown
@@ -67,11 +68,10 @@ def main() -> None:
             text=args.evaluation,
             max_tokens=args.max_tokens,
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     lines = [
         "# Every method on one model",
         "",
-        f"Commit {commit.stdout.strip()}; {Path(args.model).absolute().name}; {args.sequences} sequences of "
+        f"Commit {commit()}; {Path(args.model).absolute().name}; {args.sequences} sequences of "
         f"{args.length} tokens to calibrate on.",
         "",
         markdown(COLUMNS, [cells(row) for row in rows]),

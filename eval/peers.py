@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+from checkout import commit
 from safetensors.torch import load_file, save_file
 
 from llmquant import data, evaluation
@@ -233,7 +234,6 @@ def main() -> None:
             quality.append(f"{mean('perplexity'):.3f}")
             rows.append([run, *quality, f"{median:.1f}", f"{median / base:.2f}", f"{busy:.1f}"])
             print(*rows[-1], flush=True)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         peers = {"gptqmodel": args.gptqmodel, "llmcompressor": args.llmcompressor}
         versions = {package: version(python, package) for package, python in peers.items() if python}
         named = ", ".join(f"{package} {number}" for package, number in versions.items())
@@ -244,7 +244,7 @@ def main() -> None:
         lines = [
             f"# GPTQ w4g128, symmetric, {args.model.name}: the same tokens in three programs",
             "",
-            f"Commit {commit.stdout.strip()}; {named}, computing in {args.peer_dtype}; {args.sequences} sequences of "
+            f"Commit {commit()}; {named}, computing in {args.peer_dtype}; {args.sequences} sequences of "
             f"{args.length} tokens of {args.calib.name}, {args.seeds} choices of them (KLD: mean over them ± its "
             f"standard error; times: median); {args.threads} thread(s). "
             f"Protocol: {windows.label}.",
@@ -254,7 +254,7 @@ def main() -> None:
             *([checked, ""] if checked else []),
         ]
         about = {
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "versions": versions,
             "protocol": windows.label,
             "check_load": checked,

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accuracy import DEFAULT, SOURCE, commit, execute
+from accuracy import DEFAULT, execute
+from checkout import SOURCE, commit
 
 from llmquant import data
 from llmquant.packed import open_model

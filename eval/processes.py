@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from accuracy import commit
+from checkout import commit
 from memory import generate
 
 from llmquant.packed import open_model

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accuracy import DEFAULT, commit
+from accuracy import DEFAULT
 from accuracy_report import without_folders
+from checkout import commit
 from outliers import write_outliers
 from splits import check_disjoint
 from torch import Tensor

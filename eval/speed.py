@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from checkout import commit
 from safetensors.torch import save_file
 
 from llmquant import api, demo, gguf_file, imatrix
@@ -176,12 +177,11 @@ def main() -> None:
             line.append(f"{statistics.median(ratios):.2f}" if ratios else "")
             rows.append(line)
             print(*line, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     columns = ("type", "llmquant M/s", "peak GB", "llama-quantize M/s", "peak GB", "llmquant / llama-quantize")
     lines = [
         "# Encoding throughput with importance, million weights a second, file to file",
         "",
-        f"Commit {commit.stdout.strip()}; {weights / 1e6:.0f} million weights ({args.layers} layers, hidden size "
+        f"Commit {commit()}; {weights / 1e6:.0f} million weights ({args.layers} layers, hidden size "
         f"{args.hidden}, inner {args.inner}), {args.threads} threads, median of {args.repeat} runs each, in turns.",
         "",
         markdown(columns, rows),

@@ -43,11 +43,12 @@ def plan(
     *,
     changes: Iterable[str] = (),
     memory: str | int | None = None,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Plan:
     """Return what a run would do to every tensor, and what it would cost. Reads no weights.
 
-    memory: as for ``quantize``.
+    memory, device: as for ``quantize``.
 
     Of a recipe with a budget: what the uniform recipe would do that its result is compared with.
 
@@ -57,7 +58,7 @@ def plan(
     chosen = _recipe(recipe, changes)
     if chosen.budget is not None:
         chosen, _ = allocation.within(model, chosen, trust_remote_code)
-    return run.make_plan(model, chosen, trust_remote_code, _bytes(memory))
+    return run.make_plan(model, chosen, trust_remote_code, _bytes(memory), device)
 
 
 def quantize(

@@ -43,7 +43,10 @@ Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wi
 ProtocolName = Annotated[str, typer.Option("--protocol", help="gptq, llama.cpp, sliding or word.")]
 Memory = Annotated[
     str | None,
-    typer.Option(help="What quantizing may take at most, e.g. 8GB (default: what is free). Less is slower."),
+    typer.Option(
+        help="What quantizing may take at most, of the GPU's memory where that computes, e.g. 8GB (default: what is "
+        "free). Less is slower."
+    ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only so many tokens of the text.", min=2)]
 Facts = Annotated[Path | None, typer.Option("--json", help="Write the same facts to a JSON file.")]
@@ -102,6 +105,7 @@ def plan(
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="With --budget: the new recipe, a .yaml file.")] = None,
     memory: Memory = None,
+    device: Device = "auto",
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
@@ -115,7 +119,7 @@ def plan(
     if budget is None and (sensitivity or file):
         raise RecipeError("--sensitivity, --out: only with --budget, e.g. --budget 4.5bpw")
     if budget is None:
-        planned = api.plan(model, recipe, changes=changes, memory=memory, trust_remote_code=trust)
+        planned = api.plan(model, recipe, changes=changes, memory=memory, device=device, trust_remote_code=trust)
     elif sensitivity is None or file is None:
         raise RecipeError("--budget: needs --sensitivity FILE (of `llmquant sensitivity`) and --out RECIPE.yaml")
     else:
@@ -602,8 +606,9 @@ def _show_plan(planned: Plan) -> None:
     for name, count in planned.files.items():
         out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
     where = {"waiting": "", "memory": ", each layer once for each site", "files": ", activations in files"}
-    disk = planned.work_bytes + sum(planned.files.values())
-    out.print(f"peak memory about {size(planned.peak_bytes)}{where[planned.placement]}; disk {size(disk)}")
+    disk = planned.work_bytes + planned.scratch_bytes + sum(planned.files.values())
+    host = f" of the GPU and {size(planned.host_bytes)} of the host" if planned.host_bytes else ""
+    out.print(f"peak memory about {size(planned.peak_bytes)}{host}{where[planned.placement]}; disk {size(disk)}")
     if planned.seconds:
         out.print(f"time about {timedelta(seconds=round(sum(planned.seconds.values())))} on this machine")
 
@@ -624,7 +629,9 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "peaks": dict(planned.peaks),
         "placement": planned.placement,
         "seconds": {phase: round(seconds, 1) for phase, seconds in planned.seconds.items()},
+        "host_bytes": planned.host_bytes,
         "work_bytes": planned.work_bytes,
+        "scratch_bytes": planned.scratch_bytes,
     }
 
 

@@ -1,15 +1,17 @@
-"""How much memory a run takes at most, foretold from shapes, and where its activations are so that it fits.
+"""How much memory and disk a run takes at most, foretold from shapes, and where its activations are so that it fits.
 
-A run goes through phases, each with a peak of its own. Bytes of a run in float32 on the CPU. ROUNDING, PIECES,
-BACKWARD and PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to GPTQ alone; the
-others are counted from the code.
+A run goes through phases, each with a peak of its own. The factors are bytes of a run in float32 on the CPU. ROUNDING,
+PIECES, BACKWARD and PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to GPTQ alone;
+the others are counted from the code. What a GPU takes is counted by the same factors and was not measured.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
@@ -17,6 +19,7 @@ import torch
 
 from llmquant.checkpoint import SHARD_BYTES
 from llmquant.errors import PlanError
+from llmquant.gradients import ROWS
 from llmquant.plan import PIECE, Placement, Plan, needs_of
 
 RUNTIME = 500_000_000  # Python, torch, transformers and compiled kernels before any model
@@ -50,18 +53,33 @@ class Text:
     gradients: int = 0
 
 
-def placed(
-    plan: Plan, hidden: int, vocabulary: int, text: Text, exporters: Mapping[str, ModuleType], room: int
-) -> Plan:
+@dataclass(frozen=True)
+class Computing:
+    """What a model's layers are computed with.
+
+    hidden, vocabulary: of the model. element: bytes of each weight and activation of a layer. gpu: on one, while files
+    are written by the host.
+    """
+
+    hidden: int
+    vocabulary: int
+    element: int = 4
+    gpu: bool = False
+
+
+def placed(plan: Plan, computing: Computing, text: Text, exporters: Mapping[str, ModuleType], room: int) -> Plan:
     """Return the plan with the fastest placement of activations that ``room`` bytes easily suffice for, and its peaks.
 
     With the slowest where none does.
     """
+    writing = _writing(plan, exporters)
     for placement in get_args(Placement):
-        peaks = _peaks(plan, hidden, vocabulary, text, exporters, placement)
+        peaks = _peaks(plan, computing, text, writing, placement)
         if max(peaks.values()) <= MARGIN * room:
             break
-    return replace(plan, placement=placement, peaks=peaks)
+    host = RUNTIME + CALIBRATING + writing if computing.gpu else 0
+    scratch = _scratch(plan, computing, text, placement)
+    return replace(plan, placement=placement, peaks=peaks, host_bytes=host, scratch_bytes=scratch)
 
 
 def check_fits(plan: Plan, room: int) -> None:
@@ -82,35 +100,72 @@ def check_fits(plan: Plan, room: int) -> None:
     )
 
 
-def _peaks(
-    plan: Plan,
-    hidden: int,
-    vocabulary: int,
-    text: Text,
-    exporters: Mapping[str, ModuleType],
-    placement: Placement,
-) -> dict[str, int]:
-    """Return the peak of every phase."""
-    writing = _writing(plan, exporters)
+def check_disk(plan: Plan, out: Path, work: Path | None) -> None:
+    """Raise PlanError when the files of a run would not fit beside what is on the disk.
+
+    out: the new folder. work: the work folder, where the run has one; what is in it already counts as there.
+    """
+    wanted = [("the files", out, sum(plan.files.values()))]
+    if work is not None:
+        there = sum(path.stat().st_size for path in work.glob("*.safetensors"))
+        wanted.append(("the work folder", work, max(plan.work_bytes + plan.scratch_bytes - there, 0)))
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for what, path, count in wanted:
+        disks.setdefault(_existing(path).stat().st_dev, []).append((what, path, count))
+    for of_disk in disks.values():
+        path = of_disk[0][1]
+        free = shutil.disk_usage(_existing(path)).free
+        if sum(count for *_, count in of_disk) > free:
+            parts = " and ".join(f"{count / 1e9:.3f} GB for {what}" for what, _, count in of_disk)
+            raise PlanError(
+                f"{path}: this run needs {parts}, and {free / 1e9:.3f} GB of the disk are free. Make room, or put "
+                "--out or --work elsewhere."
+            )
+
+
+def _existing(path: Path) -> Path:
+    """Return the first folder above a path, or the path, that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _scratch(plan: Plan, computing: Computing, text: Text, placement: Placement) -> int:
+    """Return the most bytes that the work folder holds of what is needed on the way only."""
+    recipe, hidden = plan.recipe, computing.hidden
+    batches = 0
+    if placement == "files":
+        along = recipe.mismatch_correction or recipe.learned_rounding is not None
+        read = text.gradients * (plan.layers + 1) if plan.needs == "fisher" else 0
+        batches = computing.element * hidden * (text.tokens + along * text.aimed + read)
+    information = 0
+    if plan.needs == "fisher":
+        of_linears = sum(x.rows * min(x.rows, ROWS) for x in plan.linears if x.layer is not None)
+        information = plan.layers * hidden**2 + of_linears
+    return batches + 4 * information
+
+
+def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement: Placement) -> dict[str, int]:
+    """Return the peak of every phase, of the memory that layers are computed in."""
+    hidden, element = computing.hidden, computing.element
     if plan.needs == "nothing":
-        return {"writing": RUNTIME + writing}
+        return {"writing": (0 if computing.gpu else RUNTIME) + writing}
     recipe = plan.recipe
-    outside = 4 * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
-    outside += 4 * sum(x.weights for x in plan.of_layer(None))
-    layer = 4 * max(sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers))
+    outside = element * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
+    outside += element * sum(x.weights for x in plan.of_layer(None))
+    layer = element * max(sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers))
     along = recipe.mismatch_correction or recipe.learned_rounding is not None
-    held = 0 if placement == "files" else 4 * hidden * (text.tokens + along * text.aimed)
+    held = 0 if placement == "files" else element * hidden * (text.tokens + along * text.aimed)
     sites = _sites(plan)
     cols = [site.cols for site in sites]
     width = 4 * hidden + 3 * max(cols)  # what a layer computes of a token
-    forward = FORWARD * text.batch * width
+    forward = FORWARD * text.batch * width * element // 4
     hessian = plan.needs in ("hessian", "fisher")
     # all of the layer's Hessians at a time where a fold is searched, or where the sites do not wait for each other
     squares = sum(site.cols**2 for site in sites if not site.expert) if hessian else 0
     # all tokens wait where experts begin
-    waiting = 4 * hidden * text.tokens * any(site.expert for site in sites)
+    waiting = element * hidden * text.tokens * any(site.expert for site in sites)
     if placement == "waiting" and recipe.true_sequential:
-        waiting = 4 * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
+        waiting = element * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
     rounding, searching = [], []
     for site in sites:
         square, of_expert = site.cols**2, HESSIAN * EXPERT * site.expert * hessian
@@ -125,15 +180,16 @@ def _peaks(
     if recipe.folds:
         busy.append(HESSIAN * squares + max(searching))
     layers = layer * (2 if along else 1) + held + waiting + max(busy)
-    base = RUNTIME + CALIBRATING
+    base = 0 if computing.gpu else RUNTIME + CALIBRATING
     found = {
         "start": base + outside + held + forward,
         "layers": base + layers + outside * (recipe.learned_rounding is not None),
-        "writing": base + writing,
     }
+    if not computing.gpu:
+        found["writing"] = base + writing
     if plan.needs == "fisher":
-        read = 0 if placement == "files" else 4 * hidden * text.gradients * (plan.layers + 1)
-        graph = max(BACKWARD * text.batch * width, 6 * 4 * text.length * vocabulary)
+        read = 0 if placement == "files" else element * hidden * text.gradients * (plan.layers + 1)
+        graph = max(BACKWARD * text.batch * width * element // 4, 6 * 4 * text.length * computing.vocabulary)
         found["gradients"] = base + outside + layer + held + read + graph
     return found
 

@@ -95,6 +95,8 @@ class Plan:
     files: Mapping[str, int] = field(default_factory=dict)  # format -> bytes of the weights' files, headers included
     placement: Placement = "waiting"
     peaks: Mapping[str, int] = field(default_factory=dict)  # phase of the run -> bytes of memory that it needs at most
+    host_bytes: int = 0  # the same of the host, where layers are computed by a GPU
+    scratch_bytes: int = 0  # what the work folder holds beside what is finished
     seconds: Mapping[str, float] = field(default_factory=dict)  # phase of the run -> about how long it takes
     given_up: Mapping[str, str] = field(default_factory=dict)  # linears that could not be quantized -> why
 

@@ -38,7 +38,7 @@ from llmquant import (
 )
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, PlanError, RecipeError
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -132,16 +132,20 @@ def open_stream(
 
 
 def make_plan(
-    model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False, memory_limit: int | None = None
+    model: str | Path,
+    recipe_: recipe.Recipe,
+    trust_remote_code: bool = False,
+    memory_limit: int | None = None,
+    device: str = "auto",
 ) -> Plan:
     """Return what a run would do, with the sizes of its files, and about how long it takes here; reads no weights.
 
     Raises PlanError when it would need more memory than a limit allows.
     """
-    stream = open_stream(model, recipe_, None, trust_remote_code, memory_limit)
+    stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit)
     plan = with_files(plan_for(stream, recipe_), stream)
-    text, device = text_of(stream, plan), device_of("auto")
-    times = duration.seconds(plan, stream.hidden_size, stream.vocabulary, text, duration.speed(device))
+    speed = duration.speed(stream.device)
+    times = duration.seconds(plan, stream.hidden_size, stream.vocabulary, text_of(stream, plan), speed)
     plan = replace(plan, seconds=times)
     if memory_limit is not None:
         footprint.check_fits(plan, memory_limit)
@@ -162,7 +166,10 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.foldable if recipe_.folds else (),
     )
     text = text_of(stream, plan)
-    return footprint.placed(plan, stream.hidden_size, stream.vocabulary, text, exporters, stream.room_bytes)
+    computing = footprint.Computing(
+        stream.hidden_size, stream.vocabulary, stream.dtype.itemsize, stream.device.type != "cpu"
+    )
+    return footprint.placed(plan, computing, text, exporters, stream.room_bytes)
 
 
 def text_of(stream: Stream, plan: Plan) -> footprint.Text:
@@ -204,59 +211,41 @@ def quantize(
     out: the new folder; with several formats, one folder in it for each.
     work_folder: where finished layers are kept (``OUT.work``, removed at the end,
         if not given). The same call after a crash goes on from there.
-    memory_limit: bytes that the process should take at most, on the CPU; by default all that are free. Where
-        activations are depends on it, and PlanError is raised if the run needs more.
+    memory_limit: bytes that the process should take at most, of the GPU where that computes; by default all that are
+        free. Where activations are depends on it, and PlanError is raised if the run needs more.
     on_error: what to do where a linear cannot be quantized. "stop" raises the error, "skip" leaves it float, and those
         that read the same activations; ``Report.given_up`` names them.
     verify: read back what was written.
     ranks: the processes that do this together. Where nothing is calibrated, the first one does it alone.
     """
-    if recipe_.budget is not None:
-        raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
     started = time.monotonic()
     memory.reset_peak()
     out = Path(out)
     ranks.from_first(lambda: check_output(out))
-    if memory_limit is not None and device_of(device).type != "cpu":
-        raise PlanError(
-            "memory: limits a run on the CPU, and this one is on a GPU. Leave it out, or set device to cpu."
-        )
-    if ranks.size > 1 and recipe_.learned_rounding is not None:
-        raise RecipeError("learned_rounding: is done by one process. Leave it out, or start without torchrun.")
-    if ranks.size > 1 and memory_limit is None:  # one decision for all, while they take each other's memory
-        memory_limit = ranks.least(memory.room_bytes(device_of(device)) // ranks.local)
-    stream = open_stream(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
-    checkpoint = stream.checkpoint
+    stream = _opened(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
     plan = plan_for(stream, recipe_)
     if plan.needs == "nothing" and ranks.size > 1:
-        options = (work_folder, device, restart, trust_remote_code, progress, on_error, verify, memory_limit)
+        options = (work_folder, device, restart, trust_remote_code, progress, on_error, verify, stream.room_bytes)
         return ranks.from_first(lambda: quantize(model, recipe_, out, *options))
-    if stream.device.type == "cpu":  # what peaks are foretold for
-        footprint.check_fits(plan, stream.room_bytes)
+    folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
+    saves = plan.needs != "nothing" or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip"
+    footprint.check_fits(plan, stream.room_bytes)
+    planned = with_files(plan, stream)
+    ranks.from_first(lambda: footprint.check_disk(planned, out, folder if saves else None))
     text = None
     if plan.needs != "nothing":
         text = ranks.from_first(lambda: _calibration_tokens(stream, recipe_, trust_remote_code))
         stream.load()
+    checkpoint = stream.checkpoint
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     source: work.Work | Direct = direct
     resumed = 0
-    if text is not None or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip":
-        folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
-        source = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
-        resumed = sum(source.has(i) for i in range(plan.layers))
-        if text is None:
-            direct.save(source, progress, on_error == "skip")
-        else:
-            layers.quantize_layers(plan, stream, source, text.tokens, progress, on_error == "skip")
-        if (given_up := source.given_up()) and on_error == "stop":
-            raise CalibrationError(
-                f"{folder}: an earlier run with --on-error skip left {len(given_up)} linears float; the first: "
-                f"{next(iter(given_up.values()))} Give --on-error skip again, or begin anew with --restart."
-            )
-        plan = plan.without(given_up)
-        source.all_records()  # what is damaged shows before anything is written
+    if saves:
+        source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
+        resumed = sum(log.has(i) for i in range(plan.layers))
+        plan = _saved(plan, stream, direct, log, text, progress, on_error)
         if text is not None:
-            checkpoint = work.Transformed(checkpoint, source, plan.layers)
+            checkpoint = work.Transformed(checkpoint, log, plan.layers)
     report = ranks.from_first(
         lambda: _written(model, plan, checkpoint, source, stream.config, text, out, resumed, progress, verify)
     )
@@ -267,6 +256,47 @@ def quantize(
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
     return report, None if text is None else data.held_out_windows(text)
+
+
+def _opened(
+    model: str | Path,
+    recipe_: recipe.Recipe,
+    device: torch.device,
+    trust_remote_code: bool,
+    memory_limit: int | None,
+    ranks: Ranks,
+) -> Stream:
+    """Return the stream that a run reads; raise for what no run of this kind can do."""
+    if recipe_.budget is not None:
+        raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
+    if ranks.size > 1 and recipe_.learned_rounding is not None:
+        raise RecipeError("learned_rounding: is done by one process. Leave it out, or start without torchrun.")
+    if ranks.size > 1 and memory_limit is None:  # one decision for all, while they take each other's memory
+        memory_limit = ranks.least(memory.room_bytes(device) // ranks.local)
+    return open_stream(model, recipe_, device, trust_remote_code, memory_limit, ranks)
+
+
+def _saved(
+    plan: Plan,
+    stream: Stream,
+    direct: Direct,
+    log: work.Work,
+    text: data.CalibrationTokens | None,
+    progress: Progress,
+    on_error: OnError,
+) -> Plan:
+    """Quantize into a work folder what is not there yet; return the plan of what is."""
+    if text is None:
+        direct.save(log, progress, on_error == "skip")
+    else:
+        layers.quantize_layers(plan, stream, log, text.tokens, progress, on_error == "skip")
+    if (given_up := log.given_up()) and on_error == "stop":
+        raise CalibrationError(
+            f"{log.folder}: an earlier run with --on-error skip left {len(given_up)} linears float; the first: "
+            f"{next(iter(given_up.values()))} Give --on-error skip again, or begin anew with --restart."
+        )
+    log.all_records()  # what is damaged shows before anything is written
+    return plan.without(given_up)
 
 
 def _calibration_tokens(stream: Stream, recipe_: recipe.Recipe, trust_remote_code: bool) -> data.CalibrationTokens:

@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, demo, evaluation, footprint, gradients, recipe, run, stats, stream
+from llmquant import api, demo, evaluation, footprint, gradients, plugins, recipe, run, stats, stream, work
 from llmquant import plan as planning
 from llmquant.errors import CheckpointError, LlmquantError, OutputError, PlanError, RecipeError
 from llmquant.packed import open_model
@@ -282,6 +282,62 @@ def test_a_run_that_would_not_fit_is_refused_before_it_writes(llama, calibrated,
     with pytest.raises(PlanError, match="GB of memory"):
         run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out", memory_limit=10**6)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_writes(llama, calibrated, tmp_path, monkeypatch):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    plan = run.make_plan(llama, chosen)
+    needed = plan.work_bytes + plan.scratch_bytes + sum(plan.files.values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PlanError, match=r"needs 0\.\d+ GB for the files and 0\.\d+ GB for the work folder, and 0\.\d+"):
+        run.quantize(llama, chosen, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    usage = usage._replace(free=needed)
+    run.quantize(llama, chosen, tmp_path / "out")
+
+
+@pytest.mark.parametrize("placement", get_args(planning.Placement))
+def test_a_plan_knows_how_large_the_work_folder_gets(placement, llama, calibrated, tmp_path, monkeypatch):
+    chosen = recipe.load("gptq-w4g128", [*calibrated, "algorithm.two_sided=true", "mismatch_correction=true"])
+    plan_for, sizes, plans = run.plan_for, [], []
+
+    def planned(stream, recipe_):
+        computing = footprint.Computing(stream.hidden_size, stream.vocabulary)
+        plan = plan_for(stream, recipe_)
+        text = run.text_of(stream, plan)
+        plans.append(
+            replace(plan, placement=placement, scratch_bytes=footprint._scratch(plan, computing, text, placement))
+        )
+        return plans[-1]
+
+    def drop(log, index):
+        sizes.append(sum(path.stat().st_size for path in log.folder.rglob("*.safetensors")))
+        dropped(log, index)
+
+    dropped = work.Work.drop_information
+    monkeypatch.setattr(work.Work, "drop_information", drop)
+    monkeypatch.setattr(run, "plan_for", planned)
+    run.quantize(llama, chosen, tmp_path / "out", work_folder=tmp_path / "work")
+    first = plans[-1].work_bytes / plans[-1].layers
+    assert max(sizes) == pytest.approx(plans[-1].scratch_bytes + first, rel=0.05)
+    tensors = [t for path in (tmp_path / "work").glob("*.safetensors") for t in load_file(path).values()]
+    assert sum(t.nbytes for t in tensors) == pytest.approx(plans[-1].work_bytes, rel=0.05)
+
+
+def test_a_gpu_is_planned_without_what_the_host_takes(llama, calibrated):
+    plan = run.make_plan(llama, recipe.load("gptq-w4g128", calibrated), device="cpu")
+    exporters = {name: plugins.load("exporters", name, "formats") for name in plan.recipe.formats}
+    text = footprint.Text(tokens=4096, length=128, batch=1024, aimed=4096, gradients=4096)
+    peaks = {}
+    for element in (2, 4):
+        computing = footprint.Computing(64, VOCABULARY, element, gpu=True)
+        placed = footprint.placed(plan, computing, text, exporters, 10**12)
+        assert set(placed.peaks) == {"start", "layers"}
+        assert placed.host_bytes > footprint.RUNTIME
+        peaks[element] = placed.peaks
+    assert peaks[4]["start"] == 2 * peaks[2]["start"]
+    assert peaks[2]["layers"] < peaks[4]["layers"] < 2 * peaks[2]["layers"]  # Hessians are as large
 
 
 def test_gptq_diverges_less_than_rounding_on_the_demo_model(texts, tmp_path):
