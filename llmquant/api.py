@@ -9,21 +9,26 @@ llmquant.compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+import llmquant
 from llmquant import allocation, data, evaluation, plugins, ranks, run
 from llmquant import budget as budgets
 from llmquant import export as exporting
 from llmquant import recipe as recipes
 from llmquant import report as reports
 from llmquant import sensitivity as sensitivities
+from llmquant import work as work_folders
 from llmquant.budget import Budgeted
-from llmquant.checkpoint import Digest, check_output, locate
-from llmquant.errors import DataError, OutputError, RecipeError
+from llmquant.checkpoint import Digest, check_output, locate, read_json
+from llmquant.errors import CheckpointError, DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
 from llmquant.files import write_json, write_text
 from llmquant.plan import Plan
@@ -35,6 +40,8 @@ from llmquant.run import Report
 from llmquant.sensitivity import Cost, Sensitivity
 
 Text = str | Path | data.TextSource
+REPORT = "llmquant-report.json"
+COMPARED = "comparison.json"
 
 
 def plan(
@@ -152,7 +159,8 @@ def compare(
 ) -> list[Row]:
     """Quantize a model by several recipes and return one line each, the float model first.
 
-    Writes ``out/RECIPE`` (or ``out/RECIPE/FORMAT``), ``out/report.md`` and ``out/report.json``.
+    Writes ``out/RECIPE`` (or ``out/RECIPE/FORMAT``), ``out/report.md`` and ``out/report.json``. The same call goes on
+    after a crash with the recipes that are not finished; one with more recipes or another text adds those.
 
     >>> compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.txt")  # doctest: +SKIP
     """
@@ -163,7 +171,6 @@ def compare(
         if names.count(name) > 1:
             raise RecipeError(f"{name}: two of the recipes have this name. Give one another `name`.")
     out = Path(out)
-    check_output(out)
     for one in chosen:  # whatever cannot work stops here, before any work
         plan(model, one, trust_remote_code=trust_remote_code)
     windows = None if text is None else evaluation.read_windows(model, text, protocol, max_tokens)
@@ -171,20 +178,26 @@ def compare(
         raise DataError("compare: there is no text to evaluate on. Give --text FILE.")
     reference = Reference(model, device, trust_remote_code)
     reports = []
-    for one in chosen:
-        report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
-        windows = windows or held_out
-        _finish(report, [], model)
-        reports.append(report)
-    if windows is None:
-        raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
-    rows = [evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)]
-    for report in reports:
-        measured = _measure(report, windows, reference, device, trust_remote_code, progress)
-        _finish(report, [rows[0], *measured], model)
-        rows += measured
-    write_json(out / "report.json", {"model": str(model), "rows": [row.as_dict() for row in rows]})
-    write_text(out / "report.md", _comparison(rows, model))
+    with _taken_up(out, model, chosen):
+        for one in chosen:
+            report = _finished(out / one.name)
+            if report is None:
+                shutil.rmtree(out / one.name, ignore_errors=True)
+                report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
+                _finish(report, [], model)
+            elif windows is None:
+                held_out = _held_out(model, one, trust_remote_code)
+            windows = windows or held_out
+            reports.append(report)
+        if windows is None:
+            raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
+        rows = [evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)]
+        for report in reports:
+            measured = _measure(report, windows, reference, device, trust_remote_code, progress)
+            _finish(report, [rows[0], *measured], model)
+            rows += measured
+        write_json(out / "report.json", {"model": str(model), "rows": [row.as_dict() for row in rows]})
+        write_text(out / "report.md", _comparison(rows, model))
     return rows
 
 
@@ -376,7 +389,62 @@ def _finish(report: Report, rows: Sequence[Row], model: str | Path) -> None:
         mine = [row for row in rows if row.recipe == "float" or row.path == folder]
         write_text(Path(folder) / "README.md", reports.model_card(report, mine, format_, str(model), inherited))
         report.hashes[format_]["README.md"] = Digest(Path(folder) / "README.md").hexdigest()
-        write_json(Path(folder) / "llmquant-report.json", report.as_dict())
+        write_json(Path(folder) / REPORT, report.as_dict())
+
+
+@contextmanager
+def _taken_up(out: Path, model: str | Path, chosen: Sequence[Recipe]) -> Iterator[None]:
+    """Note in ``out`` what is compared there, for a context in which no one else does.
+
+    Raises OutputError where it is not free, or where the note tells another model, or other recipes by these names.
+    """
+    files = {one.name: [one.imatrix, *(x and x.path for x in (one.calibration, one.selection))] for one in chosen}
+    recipes_ = {
+        one.name: {
+            "recipe": one.model_dump(mode="json", exclude_defaults=True),
+            "files": {str(path): Digest(path).hexdigest() for path in files[one.name] if path},
+        }
+        for one in chosen
+    }
+    note = {
+        "model": work_folders.fingerprint_of_model(run.load_float(model)),
+        "recipes": recipes_,
+        "llmquant": llmquant.__version__,
+    }
+    path = out / COMPARED
+    if path.exists():
+        known = read_json(path, "a folder that `llmquant compare` has begun holds one")
+        earlier = known.get("recipes")
+        if not isinstance(earlier, dict):
+            raise CheckpointError(f"{path}: does not tell the recipes. Choose another --out, or remove this folder.")
+        same = known | {"recipes": {name: one for name, one in earlier.items() if name in recipes_}}
+        now = note | {"recipes": {name: one for name, one in recipes_.items() if name in earlier}}
+        work_folders.check_same(out, same, now, "or choose another --out.")
+        note["recipes"] = earlier | recipes_
+    else:
+        check_output(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / "lock", timeout=0):
+            write_json(path, note)
+            yield
+    except Timeout:
+        raise OutputError(f"{out}: another comparison is using this folder. Wait for it, or give --out") from None
+
+
+def _finished(folder: Path) -> Report | None:
+    """Return the report on what a recipe wrote, where that is complete."""
+    paths = [folder / REPORT, *folder.glob(f"*/{REPORT}")]
+    found = [Report(**read_json(path, "llmquant wrote it")) for path in paths if path.exists()]
+    whole = found and all((Path(path) / REPORT).exists() for path in found[0].outputs.values())
+    return found[0] if whole else None
+
+
+def _held_out(model: str | Path, recipe: Recipe, trust_remote_code: bool) -> Windows | None:
+    """Return the held-out text that ``_run`` returns."""
+    if recipe.budget is not None:
+        return allocation.splits(model, recipe, trust_remote_code).held_out
+    return run.held_out(model, recipe, trust_remote_code)
 
 
 def _comparison(rows: Sequence[Row], model: str | Path) -> str:

@@ -313,11 +313,13 @@ def compare(
 ) -> None:
     """Quantize a model by several recipes and compare them in one table.
 
+    The same command after a crash goes on where it stopped; with one more recipe, it adds that.
+
     Example: llmquant compare org/model rtn-w4g128 gptq-w4g128 --out out --text test.txt --set calibration.path=text.txt
     """
     from llmquant import api
 
-    with _progress(again=False) as tell:
+    with _progress() as tell:
         rows = api.compare(
             model,
             recipes,

@@ -299,6 +299,14 @@ def _saved(
     return plan.without(given_up)
 
 
+def held_out(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Windows | None:
+    """Return the held-out text that ``quantize`` returns, without quantizing."""
+    stream = open_stream(model, recipe_, None, trust_remote_code)
+    if plan_for(stream, recipe_).needs == "nothing":
+        return None
+    return data.held_out_windows(_calibration_tokens(stream, recipe_, trust_remote_code))
+
+
 def _calibration_tokens(stream: Stream, recipe_: recipe.Recipe, trust_remote_code: bool) -> data.CalibrationTokens:
     assert recipe_.calibration is not None
     tokenizer = data.load_tokenizer(stream.checkpoint.folder, trust_remote_code)
@@ -400,12 +408,8 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens
     imatrix = plan.recipe.imatrix
     recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     recipe_.pop("formats", None)
-    files = sorted({info.file for info in checkpoint.infos.values()})
     return {
-        "model": {
-            "folder": str(checkpoint.folder.absolute()),
-            "hash": work.fingerprint_of_files(checkpoint.folder, ["config.json", *files]),
-        },
+        "model": work.fingerprint_of_model(checkpoint),
         "recipe": recipe_,
         "imatrix": None if imatrix is None else hashlib.sha256(imatrix.read_bytes()).hexdigest(),
         "tokens": None if text is None else text.sha256,

@@ -65,7 +65,7 @@ class Work:
         except OSError as error:
             raise OutputError(f"{folder}: cannot be used as a work folder: {error.strerror}") from None
         if (folder / NOTE).exists() and not restart:
-            _check_same(folder, read_note(folder), fingerprint)
+            check_same(folder, read_note(folder), fingerprint, "give another --work, or begin anew with --restart.")
         else:
             if foreign := sorted(p.name for p in folder.iterdir() if not _ours(p)):
                 raise OutputError(f"{folder}: holds {foreign[0]}, so it is not a work folder. Give another --work")
@@ -254,6 +254,15 @@ def read_note(folder: Path) -> dict[str, Any]:
     return note
 
 
+def fingerprint_of_model(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return where a model is, and a hash of its configuration and weights."""
+    names = {"config.json", *(info.file for info in checkpoint.infos.values())}
+    return {
+        "folder": str(checkpoint.folder.absolute()),
+        "hash": fingerprint_of_files(checkpoint.folder, sorted(names)),
+    }
+
+
 def fingerprint_of_files(folder: Path, names: list[str]) -> str:
     """Return a hash of the sizes, first and last megabytes of files (whole hashes of large models take minutes)."""
     digest = hashlib.sha256()
@@ -312,16 +321,16 @@ def _ours(path: Path) -> bool:
     return path.name in ("lock", NOTE, f"{NOTE}.partial", SCRATCH) or path.name.startswith(("layer-", OUTSIDE, FISHER))
 
 
-def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    """Raise OutputError where a folder was begun for something else; the first thing that differs is named."""
     found, wanted = _flat(found), _flat(json.loads(json.dumps(wanted)))
     different = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if different:
         key = different[0]
         raise OutputError(
-            f"{folder}: this work folder was begun with {key} = {found.get(key)!r:.200}, and now it is "
-            f"{wanted.get(key)!r:.200}"
+            f"{folder}: was begun with {key} = {found.get(key)!r:.200}, and now it is {wanted.get(key)!r:.200}"
             + (f" ({len(different) - 1} more differ)" if len(different) > 1 else "")
-            + ". Undo the change, give another --work, or begin anew with --restart."
+            + f". Undo the change, {remedy}"
         )
 
 

@@ -220,7 +220,7 @@ def test_a_work_folder_of_an_imatrix_with_other_content_is_refused(tmp_path):
     run.quantize(demo.MODEL, chosen, tmp_path / "a", tmp_path / "work")
     run.quantize(demo.MODEL, chosen, tmp_path / "b", tmp_path / "work")
     write(2)
-    with pytest.raises(OutputError, match=r"work folder was begun with imatrix = '[0-9a-f]{64}', and now it is '"):
+    with pytest.raises(OutputError, match=r"was begun with imatrix = '[0-9a-f]{64}', and now it is '"):
         run.quantize(demo.MODEL, chosen, tmp_path / "c", tmp_path / "work")
 
 
