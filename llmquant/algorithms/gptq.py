@@ -138,9 +138,7 @@ class _Columns:
     @cached_property
     def order(self) -> Int64[Tensor, " cols"]:
         """In which the columns are visited the first time."""
-        if self.config.actorder:
-            return self.importance.argsort(descending=True, stable=True)
-        return torch.arange(len(self.given), device=self.given.device)
+        return _order(self.importance, self.config)
 
     @cached_property
     def factor(self) -> tuple[Float[Tensor, "cols cols"], float]:
@@ -279,9 +277,7 @@ def column_costs(stats: Stats, config: Config) -> Float[Tensor, " cols"]:
     of U. Scaling columns scales U's too, so the costs tell without another factorisation which scales help.
     """
     assert stats.hessian is not None
-    importance = stats.hessian.diagonal()
-    order = importance.argsort(descending=True, stable=True) if config.actorder else torch.arange(len(importance))
-    order = order.to(importance.device)
+    order = _order(stats.hessian.diagonal(), config)
     lower, _ = _factor(stats.hessian, order, _damping(stats, config))
     return lower.diagonal().flip(0).square().float()[_inverse(order)]  # U's diagonal is that of its inverse, inverted
 
@@ -438,8 +434,10 @@ def _advance(w: Tensor) -> Callable[..., None]:
     return kernel.round_columns if kernels.suit(w) else round_columns
 
 
-def _in_order(w: Tensor) -> Tensor:
-    return torch.arange(w.shape[1], device=w.device)
+def _order(importance: Float[Tensor, " cols"], config: Config) -> Int64[Tensor, " cols"]:
+    if config.actorder:
+        return importance.argsort(descending=True, stable=True)
+    return torch.arange(len(importance), device=importance.device)
 
 
 def _inverse(order: Tensor) -> Tensor:
