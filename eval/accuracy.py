@@ -49,7 +49,7 @@ from peers import AUTOROUND, GPTQMODEL, LLMCOMPRESSOR, children_seconds, version
 from safetensors.torch import save_file
 from splits import check_disjoint
 
-from llmquant import api, data, evaluation, plugins, run, work
+from llmquant import api, data, evaluation, plugins, run
 from llmquant.errors import LlmquantError
 from llmquant.metrics import Scores
 from llmquant.packed import PackedCheckpoint, open_model
@@ -351,6 +351,19 @@ def llama_version(folder: Path) -> str:
     return next(x for x in (done.stdout + done.stderr).splitlines() if x.startswith("version")).partition(": ")[2]
 
 
+def _fingerprint(folder: Path, names: list[str]) -> str:
+    """Return a hash of the sizes, first and last megabytes of files."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        size = (folder / name).stat().st_size
+        digest.update(f"{name} {size} ".encode())
+        with (folder / name).open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
 def about(args: argparse.Namespace, model: Path, protocol: str) -> dict[str, Any]:
     """Return what holds for all rows."""
     texts = {name: getattr(args, name) for name in ("calib", "select", "text")}
@@ -358,7 +371,7 @@ def about(args: argparse.Namespace, model: Path, protocol: str) -> dict[str, Any
     files = ["config.json", *sorted({info.file for info in checkpoint.infos.values()})]
     return {
         "model": (args.name or args.model.name) + (", outliers" if args.outliers else ""),
-        "files": work.fingerprint_of_files(model, files),
+        "files": _fingerprint(model, files),
         "outliers": args.outliers,
         "texts": {n: {"name": p.name, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for n, p in texts.items()},
         **{name: getattr(args, name) for name in ("sequences", "length", "seed", "imatrix", "peer_dtype", "threads")},

@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 import llmquant
@@ -30,7 +29,7 @@ from llmquant.budget import Budgeted
 from llmquant.checkpoint import Digest, check_output, locate, read_json
 from llmquant.errors import CheckpointError, DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
-from llmquant.files import write_json, write_text
+from llmquant.files import held, write_json, write_text
 from llmquant.plan import Plan
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
@@ -236,8 +235,8 @@ def export(
     out = Path(out)
     check_output(out)
     plan, checkpoint, config, log = run.reopen_work(Path(work), formats)
-    written = exporting.write_all(plan, checkpoint, log, formats, config, out, progress, verify)
-    log.close()
+    with closing(log):
+        written = exporting.write_all(plan, checkpoint, log, formats, config, out, progress, verify)
     return {name: str(target) for name, (target, _) in written.items()}
 
 
@@ -423,13 +422,9 @@ def _taken_up(out: Path, model: str | Path, chosen: Sequence[Recipe]) -> Iterato
         note["recipes"] = earlier | recipes_
     else:
         check_output(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / "lock", timeout=0):
-            write_json(path, note)
-            yield
-    except Timeout:
-        raise OutputError(f"{out}: another comparison is using this folder. Wait for it, or give --out") from None
+    with held(out):
+        write_json(path, note)
+        yield
 
 
 def _finished(folder: Path) -> Report | None:

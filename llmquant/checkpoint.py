@@ -38,6 +38,8 @@ ORDER = (torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4
 METADATA = {"format": "pt"}
 SHARD_BYTES = 5_000_000_000
 MOST_JSON = 1 << 28  # bytes; the largest tokenizers have a tenth of that
+COPIED = {".json", ".model", ".txt", ".jinja"}
+"""Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
 FOLLOWED = ("configuration_files", "fast_tokenizer_files", "vocab_file", "merges_file", "tokenizer_file", "spm_file")
 """Keys by which transformers finds further files."""
 
@@ -189,6 +191,8 @@ def _experts(name: str, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
     if len(info.shape) != 3 or last not in ("gate_up_proj", "down_proj"):
         yield name, info
         return
+    if not info.numel:  # a header may name any number of experts that have no bytes
+        raise CheckpointError(f"{name}: has the shape {list(info.shape)}, so there is nothing in it")
     parts = [last] if last == "down_proj" else ["gate_proj", "up_proj"]
     rows = info.shape[1] // len(parts)
     for expert in range(info.shape[0]):
@@ -270,7 +274,20 @@ def by_library(path: Path, what: str) -> Iterator[None]:
 
 
 def check_followed(folder: Path) -> None:
-    """Raise CheckpointError when a configuration names a file of the tokenizer or model outside of the folder."""
+    """Raise CheckpointError when a configuration names a file of the tokenizer or model outside of the folder.
+
+    Or when one that would be copied is a link to such a file, other than those by which the hub's cache keeps a model.
+    """
+    here = folder.resolve()
+    inside = [here, *([here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [])]
+    for path in folder.iterdir():
+        if path.suffix in COPIED and path.is_symlink():
+            leads = path.resolve()
+            if not any(leads.is_relative_to(place) for place in inside):
+                raise CheckpointError(
+                    f"{path}: is a link out of the model's folder, to {leads}, and would be copied into the output. "
+                    "Put the file itself here if it belongs to the model."
+                )
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
@@ -289,6 +306,8 @@ def check_followed(folder: Path) -> None:
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """Return a JSON object from a file, or raise CheckpointError."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a file")
         if path.stat().st_size > MOST_JSON:
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, more than the {MOST_JSON} that are read")
         value = json.loads(path.read_text("utf-8"))
@@ -387,8 +406,14 @@ def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 def check_output(folder: Path) -> None:
     """Raise OutputError unless ``folder`` is free to be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.name in ("", ".."):
+        raise OutputError(f"{folder}: give a new folder a name of its own, e.g. --out {folder / 'quantized'}")
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        parent = next(p for p in folder.absolute().parents if p.exists())
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
+    if taken:
         raise OutputError(f"{folder}: exists and is not an empty folder. Choose another --out, or remove it first.")
-    parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{folder}: cannot be written: no permission in {parent}")

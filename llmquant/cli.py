@@ -126,7 +126,8 @@ def plan(
         filled = api.budget(model, recipe, budget, sensitivity, file, changes=changes, trust_remote_code=trust)
         planned = filled.plan
         out.print(
-            f"{escape(str(file))}: within {filled.budget:,} bytes; measured divergences add up to {filled.kld:.5f}"
+            f"{escape(str(file))}: within {filled.budget:,} bytes; measured divergences add up to {filled.kld:.5f}",
+            soft_wrap=True,
         )
     _show_plan(planned)
     _write(facts, _plan_facts(planned))
@@ -189,7 +190,8 @@ def quantize(
     `torchrun --nproc-per-node 2 -m llmquant quantize ...`.
 
     Exit codes: 0 done; 2 the input cannot be done, and the message says why; 3 written, but linears that could not be
-    quantized were left float (--on-error skip); 130 and 143 stopped by Ctrl-C and SIGTERM.
+    quantized were left float (--on-error skip); 130 and 143 stopped by Ctrl-C and SIGTERM. Of all but 0,
+    torchrun makes 1.
 
     Example: llmquant quantize org/model gptq-w4g128 --out out --set calibration.path=text.txt
     """
@@ -241,7 +243,7 @@ def quantize(
         out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
     if not RANK:
         _write(facts, report.as_dict())
-    if report.given_up:
+    if report.given_up and not RANK:
         raise typer.Exit(LEFT_FLOAT)
 
 
@@ -502,6 +504,11 @@ def main() -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["quantize"]:
             raise LlmquantError(f"{' '.join(sys.argv[1:2])}: runs in one process; torchrun is for `llmquant quantize`")
         app()
+    except SystemExit as ended:
+        if not _signals or ended.code in (0, 128 + _signals[0]):
+            raise
+        err.print("Stopped before anything was done.")
+        sys.exit(128 + _signals[0])
     except LlmquantError as error:
         err.quiet = False
         who = f"rank {RANK}: " if RANK else ""

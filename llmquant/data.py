@@ -26,6 +26,7 @@ from llmquant.errors import DataError
 BATCH = 64  # documents tokenized at a time; more would read a stream further than needed
 HELD_OUT = 16  # sequences kept back to measure on, as far as the text gives them
 SPARE = 4  # a stream is read until it gives this many times the sequences asked for
+MOST_TEXT = 2_000_000_000  # bytes of a file, unpacked
 
 
 class TextSource(BaseModel):
@@ -230,8 +231,11 @@ def _read(path: Path) -> str:
     try:
         if path.is_char_device() or path.is_block_device():
             raise DataError(f"{path}: is a device, not a text")
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(MOST_TEXT + 1)
+        if len(raw) > MOST_TEXT:
+            raise DataError(f"{path}: has more than {MOST_TEXT / 1e9:.0f} GB of text. Give a part of it")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:

@@ -38,7 +38,7 @@ class UnsupportedModel(LlmquantError):  # noqa: N818
 
 
 class PlanError(LlmquantError):
-    """A run needs more memory than there is."""
+    """A run needs more memory, or more of the disk, than there is."""
 
 
 class NumericsError(LlmquantError):

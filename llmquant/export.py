@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llmquant import plugins, readback, recipe
 from llmquant.checkpoint import (
+    COPIED,
     INDEX,
     SHARD_BYTES,
     Checkpoint,
@@ -44,8 +45,6 @@ KEPT = (
     "Nothing is left half-written, and finished layers are kept. Make room or choose another --out, and run the same "
     "command again."
 )
-COPIED = {".json", ".model", ".txt", ".jinja"}
-"""Endings of the files beside the weights that are copied (tokenizer, generation settings, vocabulary)."""
 
 
 @runtime_checkable
@@ -181,6 +180,10 @@ def _whole(out: Path) -> Iterator[Path]:
     """Give an empty folder beside ``out``, which takes its place, on the disk, when the context ends well."""
     partial = out.with_name(out.name + ".partial")
     try:
+        if partial.is_dir() and not (partial / LOCK).exists() and any(partial.iterdir()):
+            raise OutputError(
+                f"{partial}: is not of llmquant, which would write there. Rename it, or give another --out"
+            )
         partial.mkdir(parents=True, exist_ok=True)
         lock = FileLock(partial / LOCK)
         lock.acquire(timeout=0)
@@ -189,13 +192,13 @@ def _whole(out: Path) -> Iterator[Path]:
                 if path.name != LOCK:  # what a run that was killed has left
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield partial
-            (partial / LOCK).unlink(missing_ok=True)
             for path in partial.iterdir():
                 sync(path)
             sync(partial)
             if out.exists():
                 out.rmdir()
             partial.rename(out)
+            (out / LOCK).unlink()  # not before: another run would take the folder for one that was left behind
             sync(out.parent)
         except BaseException:  # a full disk, a broken tensor, or Ctrl-C
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from llmquant.errors import OutputError
@@ -40,6 +41,26 @@ def cannot_write(path: Path, error: Exception, kept: str = KEPT) -> OutputError:
     """Return what to raise where the system refused to write."""
     reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
     return OutputError(f"{path}: cannot be written: {reason}. {kept}")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes that want to work in it out of it while the context lasts.
+
+    Raises OutputError where another one does, or where there can be no such folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"{folder}: another run is using this folder. Wait for it, or choose another one") from None
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,8 @@ import torch
 from llmquant.checkpoint import SHARD_BYTES
 from llmquant.errors import PlanError
 from llmquant.gradients import ROWS
-from llmquant.plan import PIECE, Placement, Plan, needs_of
+from llmquant.layers import informing
+from llmquant.plan import PIECE, Placement, Plan, needs_of, two_sided
 
 RUNTIME = 500_000_000  # Python, torch, transformers and compiled kernels before any model
 CALIBRATING = 80_000_000  # more of them
@@ -44,13 +45,17 @@ BACKWARD = 25
 
 @dataclass(frozen=True)
 class Text:
-    """How many tokens: of all sequences, of one, of a batch, of the float model's chain, of those with gradients."""
+    """How many tokens a rank has: of all sequences, of one, of a batch, of the float model's chain, with gradients.
+
+    ranks: how many there are.
+    """
 
     tokens: int = 0
     length: int = 0
     batch: int = 0
     aimed: int = 0
     gradients: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def check_fits(plan: Plan, room: int) -> None:
         "start": "The embedding and the output matrix alone take that",
         "gradients": "Leave out `algorithm.two_sided` and `learned_rounding`",
         "layers": f"Leave out `{'` or `'.join(costly)}`" if costly else "Take an algorithm that needs no Hessian",
-        "writing": "Set a smaller `max_shard_size`",
+        "writing": "Set a smaller `max_shard_size`, or fewer threads (OMP_NUM_THREADS)",
     }[phase]
     raise PlanError(
         f"this run needs about {peak / 1e9:.2f} GB of memory (phase: {phase}), and there are {room / 1e9:.2f} GB. "
@@ -103,14 +108,22 @@ def check_fits(plan: Plan, room: int) -> None:
 def check_disk(plan: Plan, out: Path, work: Path | None) -> None:
     """Raise PlanError when the files of a run would not fit beside what is on the disk.
 
-    out: the new folder. work: the work folder, where the run has one; what is in it already counts as there.
+    out: the new folder. work: the work folder, where the run has one. What a run before this one has left counts as
+    there: it is used, or makes room.
     """
-    wanted = [("the files", out, sum(plan.files.values()))]
+    try:
+        _check_disk(plan, out, work)
+    except PermissionError:  # of which whoever writes there tells more
+        return
+
+
+def _check_disk(plan: Plan, out: Path, work: Path | None) -> None:
+    wanted = [("the files", out, sum(plan.sizes.values()), out.with_name(f"{out.name}.partial"))]
     if work is not None:
-        there = sum(path.stat().st_size for path in work.glob("*.safetensors"))
-        wanted.append(("the work folder", work, max(plan.work_bytes + plan.scratch_bytes - there, 0)))
+        wanted.append(("the work folder", work, plan.work_bytes + plan.scratch_bytes, work))
     disks: dict[int, list[tuple[str, Path, int]]] = {}
-    for what, path, count in wanted:
+    for what, path, count, left in wanted:
+        count = max(count - sum(found.stat().st_size for found in left.rglob("*") if found.is_file()), 0)
         disks.setdefault(_existing(path).stat().st_dev, []).append((what, path, count))
     for of_disk in disks.values():
         path = of_disk[0][1]
@@ -136,11 +149,15 @@ def _scratch(plan: Plan, computing: Computing, text: Text, placement: Placement)
     if placement == "files":
         along = recipe.mismatch_correction or recipe.learned_rounding is not None
         read = text.gradients * (plan.layers + 1) if plan.needs == "fisher" else 0
-        batches = computing.element * hidden * (text.tokens + along * text.aimed + read)
+        batches = computing.element * hidden * (text.tokens + along * text.aimed + read) * text.ranks
     information = 0
     if plan.needs == "fisher":
-        of_linears = sum(x.rows * min(x.rows, ROWS) for x in plan.linears if x.layer is not None)
-        information = plan.layers * hidden**2 + of_linears
+        information = plan.layers * hidden**2
+        for index in range(plan.layers) if two_sided(plan.linears) else ():
+            for name in informing(plan, index):
+                linears = plan.named(index, [name])
+                rows = linears[0].rows if linears else hidden  # what adds up the experts' outputs is no linear
+                information += rows * min(rows, ROWS)
     return batches + 4 * information
 
 

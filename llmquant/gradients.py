@@ -37,7 +37,7 @@ SCALE = 2.0**50
 subnormal numbers, on which a CPU takes ten times as long."""
 SHRINK = 0.1
 """Of F towards a multiple of the identity: no text has all tokens, and coarse grids leave the range of a quadratic. On
-held-out text 0.03 is better for 4 bits, 0.3 for 2, both by little."""
+selection text 0.03 was better for 4 bits, 0.3 for 2, both by little."""
 
 
 @dataclass(frozen=True)

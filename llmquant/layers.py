@@ -50,26 +50,33 @@ def quantize_layers(
     The activations are those of the quantized model. Where a mismatch is corrected, those of the float model go along
     for as many of the first tokens as that needs.
     """
+    outside = [x for x in plan.of_layer(None) if x.grid]
+    heads = [x for x in outside if not x.lookup and not log.has(x.part)]
+    lookups = [x for x in outside if x.lookup]
+    unfinished = [i for i in range(plan.layers) if not log.has(i)]
+    end = plan.layers if heads else 1 + max(unfinished, default=-1)  # of what must be computed
+    if end == 0 and all(log.has(x.part) for x in lookups):
+        progress("quantizing layers", plan.layers, plan.layers)
+        return
+    stream.load()
     with log.scratch() as folder:
         places = {name: folder / name if plan.placement == "files" else None for name in ("float", "quantized", "all")}
         along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
         aimed = stream.start(tokens, places["float"], enough_for(plan.linears)) if along else None
-        outside = [x for x in plan.of_layer(None) if x.grid]
         information = _keep_information(plan, stream, log, tokens, places["all"])
-        for linear in (x for x in outside if x.lookup):
+        for linear in lookups:
             if not log.has(linear.part):
                 stats = lookup_stats(plan, stream, linear, tokens, information, places["all"])
                 _save_outside(plan, log, linear, stream.embedding_weight(), stats, skip)
             if linear.name in log.given_up(linear.part):
                 continue
             stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
-        heads = [x for x in outside if not x.lookup and not log.has(x.part)]
         activations = stream.start(tokens, places["quantized"])
         if plan.recipe.learned_rounding is None:  # which asks the model for batches of other sizes
             stream.drop()
-        for index in range(plan.layers):
+        for index in range(end):
             progress("quantizing layers", index, plan.layers)
-            last = index == plan.layers - 1 and not heads
+            last = index == end - 1 and not heads
             if not log.has(index):
                 _quantize_layer(plan, stream, log, index, activations, aimed, not last, skip)
             elif not last:
@@ -80,6 +87,7 @@ def quantize_layers(
             aim = aimed if plan.recipe.mismatch_correction else None
             stats = head_stats(stream, tokens, activations, plan, aim)
             _save_outside(plan, log, linear, stream.head_weight(), stats, skip)
+        stream.drop()
     progress("quantizing layers", plan.layers, plan.layers)
 
 
@@ -211,8 +219,8 @@ def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor
     """
     if plan.needs != "fisher" or all(log.has(i) or log.has_information(i) for i in range(plan.layers)):
         return None
-    two_sided = any(x.choice and x.grid and planning.needs_of(x.choice) == "fisher" for x in plan.linears)
-    linears = [_informing(plan, index) if two_sided else [] for index in range(plan.layers)]
+    two_sided = planning.two_sided(plan.linears)
+    linears = [informing(plan, index) if two_sided else [] for index in range(plan.layers)]
 
     def keep(index: int, of_layer: gradients.LayerInformation) -> None:
         if not log.has(index):
@@ -221,7 +229,7 @@ def _keep_information(plan: Plan, stream: Stream, log: work.Work, tokens: Tensor
     return gradients.measure(stream, tokens, stream.tied and not plan.untie, linears, keep, folder)
 
 
-def _informing(plan: Plan, index: int) -> list[str]:
+def informing(plan: Plan, index: int) -> list[str]:
     """Return the modules of a layer of which the Fisher information of the outputs is to be known.
 
     Of an expert's first linears it is not: it would take more memory than the model, and be found on few tokens.

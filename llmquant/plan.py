@@ -307,6 +307,8 @@ def _linear(
     info = infos[f"{name}.weight"]
     if len(info.shape) != 2 or not info.dtype.is_floating_point:
         raise ShapeError(f"{name}.weight: is {info.dtype} {list(info.shape)}, not a float matrix")
+    if not info.numel:
+        raise ShapeError(f"{name}.weight: is {list(info.shape)}, so there is nothing in it")
     rows, cols = reversed(info.shape) if spec.conv1d and layer is not None else info.shape
     type_, note = types.get(f"{name}.weight", (None, ""))
     choice = recipe.choose(name, type_, head=name == spec.head)
@@ -365,6 +367,11 @@ def needs_of(choice: Choice) -> Needs:
     """Return what a linear's algorithm wants to know."""
     needs: Needs = plugins.load("algorithms", choice.algorithm, "algorithm").needs(choice.algorithm_config)
     return needs
+
+
+def two_sided(linears: Iterable[Linear]) -> bool:
+    """Whether an algorithm of theirs reads the Fisher information of a linear's outputs."""
+    return any(x.choice and x.grid and needs_of(x.choice) == "fisher" for x in linears)
 
 
 def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:

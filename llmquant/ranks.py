@@ -30,12 +30,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llmquant.errors import LlmquantError, PeerError
 
 T = TypeVar("T")
 BEAT = 5.0  # seconds between signs of life
 SILENCE = 40.0  # seconds without one, after which a rank is given up; a compiler may hold a process up that long
+MEETING = timedelta(minutes=5)  # until all ranks have come
 PATIENCE = timedelta(days=30)  # for a sum: how long a rank may compute is nobody's to limit
 DONE, FAILED = "done", "failed"
 _MEETINGS = itertools.count()
@@ -141,9 +143,15 @@ def meeting(device: str = "auto") -> Iterator[Ranks]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+            store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))  # waits for all
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
         except (RuntimeError, ValueError) as error:
-            raise PeerError(f"the processes cannot meet: {str(error).splitlines()[0]}") from None
+            raise PeerError(
+                f"the processes cannot meet: {str(error).splitlines()[0]:.200}. One of them may have stopped before, "
+                "and told why; start them all again."
+            ) from None
         atexit.register(dist.destroy_process_group)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     signs = _SignsOfLife(ranks)

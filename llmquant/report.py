@@ -177,7 +177,7 @@ def front_matter(card: str) -> dict[str, Any]:
         return {}
     try:
         found = yaml.load(parts[1], yaml.BaseLoader)  # Norwegian is not a boolean, nor a version a number
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

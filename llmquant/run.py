@@ -8,13 +8,14 @@ import math
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 
 import llmquant
@@ -38,7 +39,7 @@ from llmquant import (
 )
 from llmquant import plan as planning
 from llmquant.checkpoint import Checkpoint, check_finite, check_output
-from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, RecipeError
+from llmquant.errors import CalibrationError, CheckpointError, LlmquantError, OutputError, PlanError, RecipeError
 from llmquant.grid import QuantizedTensor
 from llmquant.models.spec import Site
 from llmquant.packed import PackedCheckpoint, open_model
@@ -180,8 +181,8 @@ def text_of(stream: Stream, plan: Plan) -> footprint.Text:
     length = calibration.length or min(stream.context, 2048)
     tokens = math.ceil(calibration.sequences / stream.ranks.size) * length
     batch = max(BATCH_TOKENS // length, 1) * length
-    parts = (batch, layers.enough_for(plan.linears), gradients.TOKENS)
-    return footprint.Text(tokens, length, *(min(tokens, part) for part in parts))
+    batch, aimed, pulled = (min(tokens, n) for n in (batch, layers.enough_for(plan.linears), gradients.TOKENS))
+    return footprint.Text(tokens, length, batch, aimed, pulled, stream.ranks.size)
 
 
 def with_files(plan: Plan, stream: Stream) -> Plan:
@@ -229,33 +230,47 @@ def quantize(
         return ranks.from_first(lambda: quantize(model, recipe_, out, *options))
     folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
     saves = plan.needs != "nothing" or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip"
+    if saves:
+        _check_apart(out, folder)
     footprint.check_fits(plan, stream.room_bytes)
-    planned = with_files(plan, stream)
-    ranks.from_first(lambda: footprint.check_disk(planned, out, folder if saves else None))
+    if plan.host_bytes > (host := memory.room_bytes(torch.device("cpu")) // ranks.local):
+        raise PlanError(
+            f"this run needs about {plan.host_bytes / 1e9:.2f} GB of the host's memory, and there are {host / 1e9:.2f} "
+            "GB. Set a smaller `max_shard_size`."
+        )
+    ranks.from_first(lambda: footprint.check_disk(plan, out, folder if saves else None))
     text = None
     if plan.needs != "nothing":
         text = ranks.from_first(lambda: _calibration_tokens(stream, recipe_, trust_remote_code))
-        stream.load()
     checkpoint = stream.checkpoint
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
-    source: work.Work | Direct = direct
     resumed = 0
-    if saves:
-        source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
-        resumed = sum(log.has(i) for i in range(plan.layers))
-        plan = _saved(plan, stream, direct, log, text, progress, on_error)
-        if text is not None:
-            checkpoint = work.Transformed(checkpoint, log, plan.layers)
-    report = ranks.from_first(
-        lambda: _written(model, plan, checkpoint, source, stream.config, text, out, resumed, progress, verify)
-    )
-    if work_folder is None:
-        source.remove()
-    else:
-        source.close()
+    with ExitStack() as stack:
+        source: work.Work | Direct = direct
+        if saves:
+            source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
+            stack.callback(log.close)
+            resumed = sum(log.has(i) for i in range(plan.layers))
+            plan = _saved(plan, stream, direct, log, text, progress, on_error)
+            if text is not None:
+                checkpoint = work.Transformed(checkpoint, log, plan.layers)
+        report = ranks.from_first(
+            lambda: _written(model, plan, checkpoint, source, stream.config, text, out, resumed, progress, verify)
+        )
+        if saves and work_folder is None:
+            log.remove()
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
     return report, None if text is None else data.held_out_windows(text)
+
+
+def _check_apart(out: Path, folder: Path) -> None:
+    """Raise OutputError where the output would be in the work folder, or this in that."""
+    places = [path.absolute().resolve() for path in (out, folder)]
+    if any(one == other or one in other.parents for one, other in (places, places[::-1])):
+        raise OutputError(
+            f"{folder}: a work folder is neither in the output folder {out} nor around it. Choose another --work"
+        )
 
 
 def _opened(
@@ -336,7 +351,7 @@ def _written(
         notes=list(plan.notes),
         bits_per_weight=round(plan.bits_per_weight, 4),
         resumed_layers=resumed,
-        versions={"llmquant": llmquant.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions={**_versions(), "python": platform.python_version()},
         given_up=dict(plan.given_up),
     )
     every = export.write_all(plan, checkpoint, source, recipe_.formats, config, out, progress, verify)
@@ -389,6 +404,8 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
     note = work.read_note(folder)
     recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
     stream = open_stream(note["model"]["folder"], recipe_)
+    model = work.fingerprint_of_model(stream.checkpoint)
+    work.check_same(folder, {"model": note["model"]}, {"model": model}, "or quantize the model anew.")
     plan = plan_for(stream, recipe_)
     log = work.Work(folder, note)
     # a layer of which nothing is quantized may have no file
@@ -404,16 +421,24 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
 
 
 def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
-    """Return what decides the codes: model, recipe (without its formats), imatrix, tokens and versions."""
+    """Return what decides the codes: model, recipe (but for how they are written), imatrix, tokens and versions."""
     imatrix = plan.recipe.imatrix
-    recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True)
-    recipe_.pop("formats", None)
+    written = {"description", "formats", "max_shard_size"}
+    recipe_ = plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude=written)
     return {
         "model": work.fingerprint_of_model(checkpoint),
         "recipe": recipe_,
         "imatrix": None if imatrix is None else hashlib.sha256(imatrix.read_bytes()).hexdigest(),
         "tokens": None if text is None else text.sha256,
-        "versions": {"llmquant": llmquant.__version__, "torch": torch.__version__},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "llmquant": llmquant.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
@@ -458,6 +483,7 @@ class Direct:
                 except sites.GIVEN_UP as error:
                     if not skip:
                         raise
+                    sites.check_can_stay_float(self._plan, linear, error)
                     given_up[linear.name] = str(error)
                 else:
                     done[linear.name] = q
@@ -515,12 +541,6 @@ class Direct:
 
     def all_records(self) -> dict[str, Any]:
         return self._records
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-    def remove(self) -> None:
-        """There is nothing to remove."""
 
 
 def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:

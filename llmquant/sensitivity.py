@@ -1,8 +1,9 @@
 """How much each linear of a model matters: quantized alone, what becomes of the predictions.
 
 Every unit (a linear, the linears of a site, or those of a layer) is quantized by the
-recipe's own algorithm while all others stay float, what the recipe's transforms find
-folded into them. Its effect is the mean KL divergence from the float model's predictions,
+recipe's own algorithm (without what takes a whole run: feedback between rows, mismatch
+correction, learned rounding) while all others stay float, what the recipe's transforms
+find folded into them. Its effect is the mean KL divergence from the float model's predictions,
 end to end, on text that nothing was calibrated on.
 
 A small error moves the predictions by a divergence in proportion to its square. So one
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from llmquant import calibrate, data, experts, layers, plugins, run, sites
 from llmquant.checkpoint import read_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
-from llmquant.files import cannot_write, replacing, write_json
+from llmquant.files import cannot_write, held, replacing, write_json
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
 from llmquant.models import moe
@@ -274,23 +275,24 @@ def measure(
     if own.untie:
         head = stream.model.get_submodule(stream.spec.head)
         head.weight = nn.Parameter(stream.embedding_weight().clone(), requires_grad=False)
-    log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text), restart)
-    ends = {(u.name, g) for u in units for g in ([_nearest(own, plans, u)] if quick else labels)}
-    todo = [(u, label) for u in units for label in labels if log.lacks(u.name, label, (u.name, label) in ends)]
-    if not todo:
-        return log.all()
+    with held(out):
+        log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text), restart)
+        ends = {(u.name, g) for u in units for g in ([_nearest(own, plans, u)] if quick else labels)}
+        todo = [(u, label) for u in units for label in labels if log.lacks(u.name, label, (u.name, label) in ends)]
+        if not todo:
+            return log.all()
 
-    walk = _Walk(stream, windows, progress)
-    passed = [unit for unit, label in todo if (unit.name, label) in ends]
-    passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit in passed)
-    announce(walk.cost(len(passed), passes))
-    task = _Task(stream, own, plans, todo, ends, windows, text, walk, log, progress)
-    for index in range(stream.layers):
-        with stream.layer(index) as layer:
-            task.measure_layer(layer, index)
-    for unit in [unit for unit in units if unit.layer is None]:
-        task.measure_outside(unit)
-    return log.all()
+        walk = _Walk(stream, windows, progress)
+        passed = [unit for unit, label in todo if (unit.name, label) in ends]
+        passes = sum(stream.layers - (0 if _starts_anew(own, unit) else _place(unit, stream)) for unit in passed)
+        announce(walk.cost(len(passed), passes))
+        task = _Task(stream, own, plans, todo, ends, windows, text, walk, log, progress)
+        for index in range(stream.layers):
+            with stream.layer(index) as layer:
+                task.measure_layer(layer, index)
+        for unit in [unit for unit in units if unit.layer is None]:
+            task.measure_outside(unit)
+        return log.all()
 
 
 class _Task:

@@ -238,11 +238,7 @@ class Layer:
         except GIVEN_UP as error:
             if not self.skip:
                 raise
-            if site.expert:
-                raise type(error)(
-                    f"{error} It is an expert, and runtimes compute those of a layer as one matrix, so that it cannot "
-                    "stay float alone: keep all of them float by a rule."
-                ) from None
+            check_can_stay_float(plan, linears[0], error)
             self.done.given_up |= {x.name: str(error) for x in linears}
             self.done.floats |= {x.weight_name: self._as_stored(x) for x in linears}
             return
@@ -263,6 +259,16 @@ class Layer:
         with torch.no_grad():
             weight.copy_(stored)
         return stored
+
+
+def check_can_stay_float(plan: Plan, linear: Linear, error: LlmquantError) -> None:
+    """Raise what a linear cannot be quantized for where it cannot stay float alone: in an expert."""
+    sites = [] if linear.layer is None else plan.spec.sites_of(linear.layer)
+    if any(site.expert and local_name(plan, linear) in site.linears for site in sites):
+        raise type(error)(
+            f"{error} It is an expert, and runtimes compute those of a layer as one matrix, so that it cannot stay "
+            "float alone: keep all of them float by a rule."
+        ) from None
 
 
 def check_packable(plan: Plan, quantized: Mapping[str, QuantizedTensor]) -> None:
@@ -348,6 +354,8 @@ def quantize_together(
         try:
             q, found = _quantize_alike(alike, stats, rewrites, uncut, outputs or {}, ranks)
         except LlmquantError as error:
+            if any(str(error).startswith(f"{linear.weight_name}:") for linear, _ in alike):
+                raise
             raise type(error)(f"{first.weight_name}: {error}") from None
         seconds = (time.monotonic() - started) / len(alike)
         row = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,11 @@ FLOAT = "float:"  # before the name of a tensor that is not quantized
 TOLD = ("error", "mse", "mean_square", "tokens")  # of every linear, in numbers
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
-SCRATCH = "scratch"
+SCRATCH = "llmquant-scratch"
+OURS = re.compile(
+    rf"(layer-\d{{5}}|{FISHER}\d{{5}}|{OUTSIDE}.+)\.safetensors(\.partial)?|{re.escape(NOTE)}(\.partial)?|lock"
+)
+PIECE = 1 << 15  # bytes in the middle of a tensor that its model's fingerprint is made of
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
 KEPT = "Finished layers are kept: make room, or get permission, and the same command goes on from there."
 
@@ -67,16 +72,18 @@ class Work:
         if (folder / NOTE).exists() and not restart:
             check_same(folder, read_note(folder), fingerprint, "give another --work, or begin anew with --restart.")
         else:
-            if foreign := sorted(p.name for p in folder.iterdir() if not _ours(p)):
+            begun = (folder / NOTE).exists()
+            known = _ours if begun else lambda path: path.name in ("lock", f"{NOTE}.partial")
+            if foreign := sorted(p.name for p in folder.iterdir() if not known(p)):
                 raise OutputError(f"{folder}: holds {foreign[0]}, so it is not a work folder. Give another --work")
             try:
-                shutil.rmtree(folder / SCRATCH, ignore_errors=True)
                 for path in folder.iterdir():
-                    if path.name != "lock":
+                    if path.name not in ("lock", NOTE, SCRATCH):
                         path.unlink()
             except OSError as error:
                 raise cannot_write(folder, error) from None
             write_json(folder / NOTE, fingerprint)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of ranks that a run before this one had
 
     def _path(self, part: int | str) -> Path:
         name = f"layer-{part:05}" if isinstance(part, int) else f"{OUTSIDE}{part}"
@@ -213,13 +220,14 @@ class Work:
 
     def remove(self) -> None:
         """Delete what a run has put into the folder, and the folder where it holds nothing else."""
-        self.close()
         if not self._ranks.first:
             return
         try:
             shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
-            for path in filter(_ours, list(self.folder.iterdir())):
-                path.unlink()
+            for path in sorted(filter(_ours, self.folder.iterdir()), key=lambda path: path.name == "lock"):
+                if path.name != SCRATCH:
+                    path.unlink()  # the lock last, while it is held
+            self.close()
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
         except OSError as error:
@@ -255,25 +263,21 @@ def read_note(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint_of_model(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return where a model is, and a hash of its configuration and weights."""
-    names = {"config.json", *(info.file for info in checkpoint.infos.values())}
-    return {
-        "folder": str(checkpoint.folder.absolute()),
-        "hash": fingerprint_of_files(checkpoint.folder, sorted(names)),
-    }
+    """Return where a model is, and a hash of its configuration, of its headers and of a piece of every tensor.
 
-
-def fingerprint_of_files(folder: Path, names: list[str]) -> str:
-    """Return a hash of the sizes, first and last megabytes of files (whole hashes of large models take minutes)."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        size = (folder / name).stat().st_size
-        digest.update(f"{name} {size} ".encode())
-        with (folder / name).open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(size - (1 << 20), 0))
-            digest.update(file.read())
-    return digest.hexdigest()
+    Whole hashes of large models take minutes.
+    """
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for name in sorted({info.file for info in checkpoint.infos.values()}):
+        with (checkpoint.folder / name).open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(name.encode() + header)
+            begin = file.tell()
+            tensors = {key: told for key, told in json.loads(header).items() if key != "__metadata__"}
+            for start, end in sorted(told["data_offsets"] for told in tensors.values()):
+                file.seek(begin + max((start + end - PIECE) // 2, start))
+                digest.update(file.read(min(PIECE, end - start)))
+    return {"folder": str(checkpoint.folder.absolute()), "hash": digest.hexdigest()}
 
 
 def _records(path: Path) -> dict[str, Any]:
@@ -318,7 +322,7 @@ def _described(tensor: Tensor | None) -> str:
 
 
 def _ours(path: Path) -> bool:
-    return path.name in ("lock", NOTE, f"{NOTE}.partial", SCRATCH) or path.name.startswith(("layer-", OUTSIDE, FISHER))
+    return path.name == SCRATCH or OURS.fullmatch(path.name) is not None
 
 
 def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:

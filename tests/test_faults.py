@@ -11,13 +11,14 @@ import time
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, files, plugins, recipe, run
+from llmquant import api, calibrate, cli, export, files, layers, plugins, recipe, run
 from llmquant.checkpoint import Digest
-from llmquant.errors import CalibrationError, CheckpointError, OutputError
+from llmquant.errors import CalibrationError, CheckpointError, OutputError, PlanError
 from llmquant.packed import open_model
-from llmquant.work import Work
+from llmquant.work import Work, fingerprint_of_model
 from tests.test_cli import ENVIRONMENT, command, llmquant  # noqa: F401  (command is a fixture)
 from tests.test_run import files as weights
 
@@ -330,3 +331,151 @@ def test_a_finished_run_leaves_what_it_has_not_put_into_the_work_folder(llama, c
     monkeypatch.setattr(Work, "save", beside)
     run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out")
     assert [p.name for p in (tmp_path / "out.work").iterdir()] == ["mine.txt"]
+
+
+def test_a_second_run_cannot_take_the_folder_of_one_that_is_about_to_end(llama, tmp_path, monkeypatch):
+    chosen = recipe.load(*RTN)
+    sync, refused = export.sync, []
+
+    def meanwhile(path):
+        if path.name == "out.partial":
+            with pytest.raises(OutputError, match="another run is writing it"):
+                run.quantize(llama, chosen, tmp_path / "out")
+            refused.append(path)
+        sync(path)
+
+    monkeypatch.setattr(export, "sync", meanwhile)
+    run.quantize(llama, chosen, tmp_path / "out")
+    assert refused
+    assert open_model(tmp_path / "out").bytes
+    assert not list(tmp_path.glob("out/.lock"))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_is_not_of_llmquant_is_never_removed(restart, llama, tmp_path):
+    chosen = recipe.load(*RTN)
+    for name in ("work/scratch/thesis.txt", "work/layer-notes.txt", "out.partial/download.bin"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(OutputError, match=r"is not a work folder|is not of llmquant"):
+            run.quantize(llama, chosen, tmp_path / "out", work_folder=tmp_path / "work", restart=restart)
+        assert path.read_text() == "mine"
+        shutil.rmtree(path.parent)
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+    run.quantize(llama, chosen, tmp_path / "out", work_folder=tmp_path / "work")
+    (tmp_path / "work" / "layer-notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds layer-notes\.txt"):
+        run.quantize(llama, chosen, tmp_path / "new", work_folder=tmp_path / "work", restart=True)
+    assert (tmp_path / "work" / "layer-00000.safetensors").exists()
+
+
+def test_a_change_anywhere_in_the_model_is_another_model(llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    before = fingerprint_of_model(run.load_float(model))
+    assert before["hash"] == fingerprint_of_model(run.load_float(llama))["hash"]
+    tensors = load_file(llama / "model.safetensors")
+    for name in tensors:
+        save_file(tensors | {name: 2 * tensors[name]}, model / "model.safetensors", metadata={"format": "pt"})
+        assert fingerprint_of_model(run.load_float(model)) != before, name
+
+
+def test_a_work_folder_is_not_exported_with_another_model(llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    run.quantize(model, recipe.load(*RTN), tmp_path / "out", work_folder=tmp_path / "work")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 7
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OutputError, match=r"work: was begun with model\.hash"):
+        api.export(tmp_path / "work", ["compressed_tensors"], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out/work", "."])
+def test_a_work_folder_in_the_output_is_refused_before_any_work(name, llama, tmp_path):
+    with pytest.raises(OutputError, match="a work folder is neither in the output folder"):
+        run.quantize(llama, recipe.load(*RTN), tmp_path / "out", work_folder=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_someone_keeps_does_not_keep_the_work_folder(overflowing, tmp_path):
+    chosen = recipe.load("rtn-w4g128", ["grid.group_size=32", "grid.scale_dtype=float16"])
+    kept = []
+    for _ in range(2):
+        with pytest.raises(CalibrationError) as raised:
+            run.quantize(overflowing, chosen, tmp_path / "out", work_folder=tmp_path / "work")
+        kept.append(raised)
+
+
+def test_a_run_of_which_all_layers_are_finished_computes_none_again(llama, calibrated, tmp_path, monkeypatch):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+
+    def broken(*args, **options):
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_all", broken)
+        with pytest.raises(OutputError, match="the disk is full"):
+            run.quantize(llama, chosen, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "run_layer", broken)
+        patch.setattr(calibrate, "start", broken)
+        report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.resumed_layers == 3
+    run.quantize(llama, chosen, tmp_path / "whole")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_layer_after_the_last_missing_one_is_not_computed(llama, calibrated, tmp_path, monkeypatch):
+    chosen = recipe.load("gptq-w4g128", calibrated)
+    run.quantize(llama, chosen, tmp_path / "out", work_folder=tmp_path / "work")
+    (tmp_path / "work" / "layer-00001.safetensors").unlink()
+    passed, finished = [], layers._pass_finished
+    monkeypatch.setattr(layers, "_pass_finished", lambda *args: passed.append(args[3]) or finished(*args))
+    run.quantize(llama, chosen, tmp_path / "again", work_folder=tmp_path / "work")
+    assert passed == [0]
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def test_what_a_run_before_has_left_counts_as_room(llama, tmp_path, monkeypatch):
+    chosen = recipe.load(*RTN)
+    plan = run.make_plan(llama, chosen)
+    needed = sum(plan.sizes.values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PlanError, match="of the disk are free"):
+        run.quantize(llama, chosen, tmp_path / "out")
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / ".lock").touch()
+    (left / "part-0").write_bytes(bytes(needed // 2 + 1))
+    run.quantize(llama, chosen, tmp_path / "out")
+    assert not left.exists()
+
+
+def test_only_one_at_a_time_works_in_a_folder(tmp_path):
+    with files.held(tmp_path / "here"), pytest.raises(OutputError, match="another run is using this folder"):
+        files.held(tmp_path / "here").__enter__()
+    with files.held(tmp_path / "here"):
+        pass
+
+
+def test_a_signal_before_anything_began_ends_with_its_own_code(monkeypatch, capsys):
+    stopped = typer.Typer()
+
+    @stopped.command()
+    def importing() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "app", stopped)
+    monkeypatch.setattr(sys, "argv", ["llmquant"])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 143
+    assert "Stopped before anything was done." in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Mutated inputs end in success or in one message: the short form of eval/fuzz.py, in this process."""
 
+import gzip
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmquant import api, cli, data, gguf_file, patterns, recipe
 from llmquant.checkpoint import Checkpoint, check_followed
-from llmquant.errors import CheckpointError, LlmquantError, RecipeError
+from llmquant.errors import CheckpointError, DataError, LlmquantError, OutputError, RecipeError, ShapeError
 from llmquant.packed import open_model
 from llmquant.stream import Stream, model_config
 from tests.test_cli import llmquant as command_line
@@ -193,3 +196,75 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(llama, tmp_path):
     subprocess.run(f"{sys.executable} -W ignore -c {command}", shell=True, check=True, capture_output=True)
     converted = load_file(tmp_path / "model-safetensors" / "model.safetensors")
     assert all(torch.equal(converted[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.fixture
+def model(llama, tmp_path):
+    """A copy of the small Llama, to be broken."""
+    shutil.copytree(llama, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_file_that_links_out_of_the_model_is_not_copied_into_the_output(model, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (model / "notes.txt").symlink_to("../id_rsa")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: is a link out of the model's folder, to .*id_rsa"):
+        api.quantize(model, "rtn-w4g128", tmp_path / "out", changes=["grid.group_size=32"], evaluate=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(llama, tmp_path):
+    blobs, snapshot = tmp_path / "models--org--m" / "blobs", tmp_path / "models--org--m" / "snapshots" / "abc"
+    shutil.copytree(llama, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    api.quantize(snapshot, "rtn-w4g128", tmp_path / "out", changes=["grid.group_size=32"], evaluate=False)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(64, 0), (0, 64)])
+@pytest.mark.parametrize("name", ["hqq-w4g64", "int8", "nf4", "gguf-q4_0"])
+def test_a_matrix_of_nothing_is_named(name, shape, model, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(shape)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ShapeError, match=r"layers\.1\.self_attn\.q_proj\.weight: is \[\d+, \d+\], so there is nothing"):
+        api.quantize(model, name, tmp_path / "out", evaluate=False)
+
+
+def test_experts_of_no_bytes_are_not_counted_one_by_one(tmp_path):
+    config = hf.Qwen2MoeConfig(vocab_size=384, num_hidden_layers=1, architectures=["Qwen2MoeForCausalLM"])
+    config.save_pretrained(tmp_path)
+    tensors = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(10**12, 2, 0)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has the shape \[1000000000000, 2, 0\], so there is nothing in it"):
+        open_model(tmp_path)
+
+
+def test_a_configuration_that_is_no_file_is_not_waited_for(model):
+    (model / "config.json").unlink()
+    os.mkfifo(model / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is not a file"):
+        Checkpoint(model)
+
+
+def test_a_card_that_is_nested_too_deep_says_nothing(model, tmp_path):
+    (model / "README.md").write_text("---\na: " + "[" * 5000 + "\n---\n")
+    api.quantize(model, "rtn-w4g128", tmp_path / "out", changes=["grid.group_size=32"], evaluate=False)
+    assert (tmp_path / "out" / "llmquant-report.json").exists()
+
+
+def test_a_text_that_unpacks_to_more_than_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_TEXT", 1_000_000)
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(bytes(2_000_000)))
+    with pytest.raises(DataError, match="has more than 0 GB of text"):
+        list(data.documents(data.TextSource(path=path), None))
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_an_output_needs_a_name(out, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="give a new folder a name of its own"):
+        api.quantize(model, "rtn-w4g128", out, changes=["grid.group_size=32"], evaluate=False)

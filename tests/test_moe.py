@@ -2,16 +2,18 @@
 
 import copy
 import itertools
+import shutil
 import weakref
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
-from llmquant import api, evaluation, experts, gguf_file, imatrix, recipe, run
+from llmquant import api, evaluation, experts, gguf_file, imatrix, recipe, run, work
 from llmquant.checkpoint import Checkpoint
 from llmquant.cpp_runtime import CppModel
-from llmquant.errors import FormatError
+from llmquant.errors import CalibrationError, FormatError
 from llmquant.experts import Reader, Routed
 from llmquant.mismatch import corrected
 from llmquant.models import moe
@@ -207,6 +209,37 @@ def test_a_folder_that_holds_fused_experts_is_read_like_any_other(key, saved, tm
         assert fused.infos[name].shape == info.shape
         assert torch.equal(fused.read(name), plain.read(name))
         assert len(info.shape) == 1 or torch.equal(fused.read(name, (3, 9)), plain.read(name, (3, 9)))
+
+
+@pytest.mark.parametrize("name", ["rtn-w4g128", "gptq-w4g128"])
+def test_one_expert_cannot_be_left_float(name, saved, texts, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(saved("qwen2-moe"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.1.up_proj.weight"][0, 0] = 9e5  # its scale is more than float16 holds
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 8, length: 128}}"
+    changes = [text, "grid.group_size=32", "grid.scale_dtype=float16"]
+    told = r"^model\.layers\.1\.mlp\.experts\.1\.up_proj\.weight: (?!model).* keep all"
+    with pytest.raises(CalibrationError, match=told):
+        api.quantize(model, name, tmp_path / "out", changes=changes, evaluate=False, on_error="skip")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_knows_what_the_work_folder_holds_of_experts(saved, texts, tmp_path, monkeypatch):
+    sizes = []
+
+    def drop(log, index):
+        sizes.append(sum(path.stat().st_size for path in log.folder.glob("fisher-*")))
+        dropped(log, index)
+
+    dropped = work.Work.drop_information
+    monkeypatch.setattr(work.Work, "drop_information", drop)
+    text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 8, length: 128}}"
+    changes = [text, "grid.group_size=32", "algorithm.two_sided=true"]
+    quantize(saved("qwen2-moe"), texts, tmp_path / "out", "gptq-w4g128", *changes)
+    planned = api.plan(saved("qwen2-moe"), "gptq-w4g128", changes=changes)
+    assert max(sizes) == pytest.approx(planned.scratch_bytes, rel=0.05)
 
 
 def test_names_in_a_written_folder_are_those_of_the_checkpoint(saved, texts, tmp_path, read_json):

@@ -20,21 +20,26 @@ from tests.test_run import files as weights
 
 BATCH = 256
 HASTY = f"""
+from datetime import timedelta
 from llmquant import cli, ranks, stream
 ranks.BEAT, ranks.SILENCE, stream.BATCH_TOKENS = 0.2, 8, {BATCH}
+ranks.MEETING = timedelta(seconds=MEETING)
 cli.main()
 """
 
 
-def begin(size, *arguments):
-    """Start processes that know of each other; each is one that torchrun could have started on a machine of its own."""
+def begin(size, *arguments, meeting=100):
+    """Start processes that know of each other; each is one that torchrun could have started on a machine of its own.
+
+    meeting: seconds within which they must have met.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     known = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", HASTY, *map(str, arguments)],
+            [sys.executable, "-c", HASTY.replace("MEETING)", f"{meeting})"), *map(str, arguments)],
             env=ENVIRONMENT | {k: str(v) for k, v in {**known, "RANK": rank, "LOCAL_RANK": rank}.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -129,6 +134,17 @@ def test_a_process_that_is_lost_stops_the_others_and_any_number_goes_on(
     assert report.resumed_layers
     run.quantize(llama, recipe.load("gptq-w4g128", changes), tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_never_comes_is_not_waited_for_forever(lost, llama, calibrated, tmp_path):
+    started = begin(2, *command(llama, "gptq-w4g128", calibrated, tmp_path / "out"), meeting=2)
+    started[lost].kill()
+    started[lost].communicate()
+    code, out, err = end([started[1 - lost]])[0]
+    assert (code, out) == (2, "")
+    assert "the processes cannot meet" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_a_run_that_would_not_fit_is_refused_before_it_writes(llama, calibrated,
 def test_a_run_for_which_the_disk_has_no_room_is_refused_before_it_writes(llama, calibrated, tmp_path, monkeypatch):
     chosen = recipe.load("gptq-w4g128", calibrated)
     plan = run.make_plan(llama, chosen)
-    needed = plan.work_bytes + plan.scratch_bytes + sum(plan.files.values())
+    needed = plan.work_bytes + plan.scratch_bytes + sum(plan.sizes.values())
     usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(PlanError, match=r"needs 0\.\d+ GB for the files and 0\.\d+ GB for the work folder, and 0\.\d+"):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmquant.checkpoint import Digest
 from llmquant.errors import FormatError
+from llmquant.files import cannot_write
 
 LARGEST_FLOAT = 3.4028234663852886e38  # of 32 bits
 
@@ -70,15 +71,18 @@ def write(
 
 def file_bytes(metadata: Mapping[str, Any], tensors: Sequence[Stored], split_bytes: int = 0) -> int:
     """Return the size of what ``write`` writes, all shards together."""
-    with tempfile.TemporaryDirectory() as folder:  # the package's writer knows only files
-        writer = _begun(Path(folder) / "header.gguf", metadata, tensors, split_bytes)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        headers = [path.stat().st_size for path in Path(folder).iterdir()]
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # the package's writer knows only files
+            writer = _begun(Path(folder) / "header.gguf", metadata, tensors, split_bytes)
+            try:
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            finally:
+                writer.close()
+            headers = [path.stat().st_size for path in Path(folder).iterdir()]
+    except OSError as error:
+        raise cannot_write(Path(tempfile.gettempdir()), error) from None
     return sum(_padded(size) for size in headers) + sum(_padded(tensor.bytes) for tensor in tensors)
 
 
