@@ -24,11 +24,11 @@ from llmquant.report import markdown
 CASES: dict[str, tuple[str, list[str]]] = {
     "rtn": ("rtn-w4g128", []),
     "gguf q4_k_m": ("gguf-q4_k_m", []),
-    "gptq": ("gptq-w4g128", ["TEXT"]),
-    "gptq, no refinement": ("gptq-w4g128", ["TEXT", "algorithm.scale_search=false", "algorithm.sweeps=0"]),
-    "gptq, mismatch": ("gptq-w4g128", ["TEXT", "mismatch_correction=true"]),
+    "gptq": ("gptq-plain-w4g128", ["TEXT"]),
+    "gptq, no refinement": ("gptq-plain-w4g128", ["TEXT", "algorithm.scale_search=false", "algorithm.sweeps=0"]),
+    "gptq, mismatch": ("gptq-plain-w4g128", ["TEXT", "mismatch_correction=true"]),
     "awq": ("awq-w4g128", ["TEXT"]),
-    "awq, gptq": ("gptq-w4g128", ["TEXT", "transforms=[{name: awq, clip: false}]"]),
+    "awq, gptq": ("gptq-plain-w4g128", ["TEXT", "transforms=[{name: awq, clip: false}]"]),
     "default, q4_k_m": ("gptq-q4_k_m", ["TEXT"]),
     "default, q2_k": ("gptq-q2_k", ["TEXT"]),
 }

@@ -39,7 +39,7 @@ TEXT = ["calibration.path=text.txt", "calibration.sequences=8", "calibration.len
 CASES = {
     "rtn": ["quantize", str(demo.MODEL), "rtn-w4g128", "--work", "work"],
     "rtn, no work folder": ["quantize", str(demo.MODEL), "rtn-w4g128"],
-    "gptq": ["quantize", str(demo.MODEL), "gptq-w4g128", *(x for change in TEXT for x in ("--set", change))],
+    "gptq": ["quantize", str(demo.MODEL), "gptq-plain-w4g128", *(x for change in TEXT for x in ("--set", change))],
     "gguf": ["quantize", str(demo.MODEL), "gguf-q4_k_m"],
     "gptq gguf": [
         *("quantize", str(demo.MODEL), "gptq-q4_k_m", "--set", "mismatch_correction=false", "--set", "transforms=[]"),

@@ -487,7 +487,7 @@ def works(folder: Path, rng: random.Random) -> list[str]:
 
 CALIBRATED = ["calibration.path=text.txt", "calibration.sequences=4", "calibration.length=32"]
 RTN = ["quantize", "model", "rtn-w4g128", "--out", "out", *QUICK]
-GPTQ = ["quantize", "model", "gptq-w4g128", "--out", "out", "--no-eval"]
+GPTQ = ["quantize", "model", "gptq-plain-w4g128", "--out", "out", "--no-eval"]
 GPTQ += [x for change in ["grid.group_size=32", *CALIBRATED] for x in ("--set", change)]
 GGUF = ["quantize", "model", "gguf-q4_0", "--out", "out", "--no-eval"]
 EVAL = ["eval", "model", "--text", "test.txt", "--max-tokens", "256", "--protocol", "sliding"]
@@ -529,7 +529,7 @@ def sound_files(folder: Path) -> None:
     before = Path.cwd()
     os.chdir(folder)  # the work folder keeps the text's path as it is given
     made = {
-        "gptq": ("gptq-w4g128", [*groups, "formats=[gptq]"]),
+        "gptq": ("gptq-plain-w4g128", [*groups, "formats=[gptq]"]),
         "awq": ("rtn-w4g128", ["grid.group_size=32", "grid.symmetric=false", "formats=[awq]"]),
         "compressed_tensors": ("rtn-w4g128", ["grid.group_size=32"]),
         "w8a8-static": ("w8a8-static", CALIBRATED),

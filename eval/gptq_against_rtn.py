@@ -64,7 +64,7 @@ def main() -> None:
             for variant, changes in VARIANTS.items():
                 with tempfile.TemporaryDirectory() as folder:
                     out = Path(folder) / "out"
-                    chosen = recipe.load("gptq-w4g128", [*base, *grid_changes])
+                    chosen = recipe.load("gptq-plain-w4g128", [*base, *grid_changes])
                     if "algorithm.name=rtn" in changes:
                         chosen = recipe.Recipe(**(chosen.model_dump() | {"algorithm": {"name": "rtn"}}))
                     values = [c for c in changes if c != "algorithm.name=rtn"]

@@ -20,6 +20,7 @@ RECIPES = (
     "rtn-w4g128",
     "hqq-w4g64",
     "awq-w4g128",
+    "gptq-plain-w4g128",
     "gptq-w4g128",
     "gptq-w4g128-asym",
     "awq-gptq-w4g128",

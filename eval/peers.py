@@ -157,7 +157,16 @@ def main() -> None:
                 *changes,
             )
             sets = [x for change in changes for x in ("--set", change)]
-            command = [sys.executable, "-m", "llmquant", "quantize", str(args.model), "gptq-w4g128", *sets, "--no-eval"]
+            command = [
+                sys.executable,
+                "-m",
+                "llmquant",
+                "quantize",
+                str(args.model),
+                "gptq-plain-w4g128",
+                *sets,
+                "--no-eval",
+            ]
             return [*command, "--out", "OUT"]
 
         def theirs(seed: int, python: str, script: str, settings: dict[str, object]) -> list[str]:

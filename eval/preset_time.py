@@ -49,7 +49,7 @@ def main() -> None:
     path = lambda given: Path(given).absolute()  # noqa: E731  (quantized by a program that runs elsewhere)
     parser.add_argument("model", type=path)
     parser.add_argument("--calib", type=path, required=True, help="text to calibrate on")
-    parser.add_argument("--recipe", default="gptq-w4g128", help="whose format is quantized to")
+    parser.add_argument("--recipe", default="gptq-plain-w4g128", help="whose format is quantized to")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--lengths", type=int, nargs="*", help="of the sequences (default: the recipes' own)")
     parser.add_argument("--repeats", type=int, default=3)

@@ -25,7 +25,7 @@ from memory import generate
 from llmquant.packed import open_model
 from llmquant.report import markdown
 
-CONTAINER = {"gptq-w4g128": "compressed_tensors", "gptq-q4_k_m": "gguf"}
+CONTAINER = {"gptq-plain-w4g128": "compressed_tensors", "gptq-q4_k_m": "gguf"}
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="to calibrate on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipes", nargs="+", choices=CONTAINER, default=["gptq-w4g128"])
+    parser.add_argument("--recipes", nargs="+", choices=CONTAINER, default=["gptq-plain-w4g128"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)

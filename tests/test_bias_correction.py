@@ -52,7 +52,7 @@ def mean_outputs(model, tokens, name):
 
 @pytest.mark.parametrize("set_", ["algorithm={name: rtn}", "mismatch_correction=true", "true_sequential=false"])
 def test_the_mean_output_of_a_linear_is_that_of_the_float_model(set_, biased, changes, tmp_path):
-    chosen = recipe.load("gptq-w3g128", [*changes, set_])
+    chosen = recipe.load("gptq-plain-w4g128", [*changes, set_])
     tokens = data.calibration_tokens(chosen.calibration, hf.AutoTokenizer.from_pretrained(biased), 256).tokens
     # the first sees no error before it; with a float chain, later ones make up for theirs too
     for name in ("model.layers.0.self_attn.v_proj", *(["model.layers.0.mlp.down_proj"] if "mism" in set_ else [])):
@@ -60,7 +60,11 @@ def test_the_mean_output_of_a_linear_is_that_of_the_float_model(set_, biased, ch
         for corrected in (False, True):
             out = tmp_path / f"{name}-{corrected}"
             api.quantize(
-                biased, "gptq-w3g128", out, changes=[*changes, set_, f"bias_correction={corrected}"], evaluate=False
+                biased,
+                "gptq-plain-w4g128",
+                out,
+                changes=[*changes, set_, f"bias_correction={corrected}"],
+                evaluate=False,
             )
             means = [mean_outputs(model, tokens, name) for model in (loaded(biased, out), loaded(biased))]
             wrong.append(float((means[0] - means[1]).norm() / means[1].norm()))
@@ -78,11 +82,11 @@ def test_without_biases_nothing_changes(llama, changes, tmp_path):
 def test_a_resumed_run_writes_the_same_biases(biased, changes, tmp_path):
     made = [*changes, "bias_correction=true"]
     whole = api.quantize(
-        biased, "gptq-w3g128", tmp_path / "whole", changes=made, work=tmp_path / "work", evaluate=False
+        biased, "gptq-plain-w4g128", tmp_path / "whole", changes=made, work=tmp_path / "work", evaluate=False
     )
     (tmp_path / "work" / "layer-00001.safetensors").unlink()
     again = api.quantize(
-        biased, "gptq-w3g128", tmp_path / "again", changes=made, work=tmp_path / "work", evaluate=False
+        biased, "gptq-plain-w4g128", tmp_path / "again", changes=made, work=tmp_path / "work", evaluate=False
     )
     assert again.resumed_layers == 1
     assert whole.hashes["gptq"]["model.safetensors"] == again.hashes["gptq"]["model.safetensors"]

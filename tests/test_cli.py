@@ -118,12 +118,12 @@ def test_a_damaged_model_is_one_clear_message(damage, copy, command, tmp_path):
 
 
 BAD = {
-    "mistyped recipe": (["gtpq-w4g128"], "no recipe is called 'gtpq-w4g128'. Did you mean 'gptq-w4g128'?"),
-    "mistyped key": (["gptq-w4g128", "--set", "grid.bit=3"], "grid.bit: unknown key. Did you mean 'bits'?"),
-    "mistyped key above": (["gptq-w4g128", "--set", "algoritm.name=rtn"], "Did you mean 'algorithm'?"),
-    "wrong value": (["gptq-w4g128", "--set", "grid.bits=9"], "bits is 9, not 2 to 8"),
-    "wrong type": (["gptq-w4g128", "--set", "grid.bits=four"], "grid.bits"),
-    "no equals sign": (["gptq-w4g128", "--set", "grid.bits"], "has no `=`"),
+    "mistyped recipe": (["gtpq-w4g128"], "no recipe is called 'gtpq-w4g128'. Did you mean 'gptq-plain-w4g128'?"),
+    "mistyped key": (["gptq-plain-w4g128", "--set", "grid.bit=3"], "grid.bit: unknown key. Did you mean 'bits'?"),
+    "mistyped key above": (["gptq-plain-w4g128", "--set", "algoritm.name=rtn"], "Did you mean 'algorithm'?"),
+    "wrong value": (["gptq-plain-w4g128", "--set", "grid.bits=9"], "bits is 9, not 2 to 8"),
+    "wrong type": (["gptq-plain-w4g128", "--set", "grid.bits=four"], "grid.bits"),
+    "no equals sign": (["gptq-plain-w4g128", "--set", "grid.bits"], "has no `=`"),
     "does not divide": (
         ["rtn-w4g128", "--set", "grid.group_size=48"],
         "64 columns are not a multiple of group_size 48",
@@ -133,7 +133,7 @@ BAD = {
         ["rtn-w4g128", "--format", "gptq", "--set", "grid.bits=5", "--set", "grid.group_size=32"],
         "a GPTQ file cannot hold",
     ),
-    "missing text": (["gptq-w4g128", "--set", "calibration.path=nowhere.txt"], "nowhere.txt: cannot be read"),
+    "missing text": (["gptq-plain-w4g128", "--set", "calibration.path=nowhere.txt"], "nowhere.txt: cannot be read"),
     "unknown device": (["rtn-w4g128", "--set", "grid.group_size=32", "--device", "cuda"], "no CUDA device"),
 }
 
@@ -162,7 +162,7 @@ def test_useless_text_is_one_clear_message(content, message, llama, calibrated, 
     path = tmp_path / "text.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     changes = [x for change in [*calibrated, f"calibration.path={path}"] for x in ("--set", change)]
-    code, _, err = command("quantize", llama, "gptq-w4g128", "--out", tmp_path / "out", *changes)
+    code, _, err = command("quantize", llama, "gptq-plain-w4g128", "--out", tmp_path / "out", *changes)
     assert code == 2
     assert message in err.replace("\n", "")
     assert not list(tmp_path.glob("out*"))
@@ -185,10 +185,10 @@ def test_an_output_folder_in_use_or_unwritable_is_refused_and_untouched(llama, c
 def test_the_commands_work_together(llama, calibrated, texts, command, tmp_path):
     changes = [x for change in calibrated for x in ("--set", change)]
     facts = tmp_path / "facts.json"
-    code, out, err = command("plan", llama, "gptq-w4g128", *changes, "--json", facts)
+    code, out, err = command("plan", llama, "gptq-plain-w4g128", *changes, "--json", facts)
     assert (code, err) == (0, "")
     assert json.loads(facts.read_text())["bits_per_weight"] == 4.5
-    code, out, _ = command("quantize", llama, "gptq-w4g128", "--out", tmp_path / "out", *changes, "--no-eval")
+    code, out, _ = command("quantize", llama, "gptq-plain-w4g128", "--out", tmp_path / "out", *changes, "--no-eval")
     assert code == 0
     code, out, _ = command("inspect", tmp_path / "out")
     assert "21 linears quantized" in out
@@ -198,13 +198,15 @@ def test_the_commands_work_together(llama, calibrated, texts, command, tmp_path)
     assert [row["recipe"] for row in rows] == ["float", "out"]
     assert rows[0]["kld_mean"] == 0.0 < rows[1]["kld_mean"]
     assert "sliding: evaluation.txt, context 256" in out
-    code, out, _ = command("compare", llama, "rtn-w4g128", "gptq-w4g128", "--out", tmp_path / "both", *changes, *text)
+    code, out, _ = command(
+        "compare", llama, "rtn-w4g128", "gptq-plain-w4g128", "--out", tmp_path / "both", *changes, *text
+    )
     assert code == 0
     report = json.loads((tmp_path / "both" / "report.json").read_text())
     keys = {"recipe", "format", "path", "bytes", "bpw", "protocol", "perplexity", "kld_mean", "kld_p99", "top1"}
     assert keys | {"seconds", "peak_rss_bytes"} <= report["rows"][0].keys()
-    assert [row["recipe"] for row in report["rows"]] == ["float", "rtn-w4g128", "gptq-w4g128"]
-    assert "gptq-w4g128" in (tmp_path / "both" / "report.md").read_text()
+    assert [row["recipe"] for row in report["rows"]] == ["float", "rtn-w4g128", "gptq-plain-w4g128"]
+    assert "gptq-plain-w4g128" in (tmp_path / "both" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["grids", "algorithms", "transforms", "formats", "models", "recipes"])

@@ -7,7 +7,7 @@ import pytest
 from llmquant import api
 from llmquant.errors import OutputError
 
-RECIPES = ["rtn-w4g128", "gptq-w4g128"]
+RECIPES = ["rtn-w4g128", "gptq-plain-w4g128"]
 
 
 def hashes(folder):
@@ -31,7 +31,7 @@ def stopped(llama, calibrated, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         api.compare(llama, RECIPES, tmp_path / "both", changes=calibrated, progress=stop)
-    assert (tmp_path / "both" / "gptq-w4g128.work" / "layer-00000.safetensors").exists()
+    assert (tmp_path / "both" / "gptq-plain-w4g128.work" / "layer-00000.safetensors").exists()
     return tmp_path / "both"
 
 
@@ -66,12 +66,14 @@ def test_another_comparison_is_refused_in_its_folder(stopped, llama, calibrated,
         with pytest.raises(OutputError, match=f"both: was begun with {what}.*choose another --out"):
             api.compare(model, RECIPES, stopped, changes=changes)
 
-    refused(r"recipes\.gptq-w4g128\.recipe\.grid\.bits = 4, and now it is 3", changes=[*calibrated, "grid.bits=3"])
+    refused(
+        r"recipes\.gptq-plain-w4g128\.recipe\.grid\.bits = 4, and now it is 3", changes=[*calibrated, "grid.bits=3"]
+    )
     calibration = texts / "calibration.txt"
     text = calibration.read_text()
     try:
         calibration.write_text(text + " ")
-        refused(r"recipes\.gptq-w4g128\.files\.")
+        refused(r"recipes\.gptq-plain-w4g128\.files\.")
     finally:
         calibration.write_text(text)
     folder = tmp_path / "model"

@@ -16,10 +16,10 @@ def foretold(model, name, changes=None):
 
 def test_what_is_not_done_takes_no_time(llama, calibrated):
     assert foretold(llama, "gguf-q8_0").keys() == {"starting", "writing"}
-    plain = foretold(llama, "gptq-w4g128", calibrated)
+    plain = foretold(llama, "gptq-plain-w4g128", calibrated)
     assert plain.keys() == {"starting", "layers", "output matrix and embedding", "writing"}
     assert plain["output matrix and embedding"] == 0  # both stay float
-    assert "gradients" in foretold(llama, "gptq-w4g128", [*calibrated, "algorithm.two_sided=true"])
+    assert "gradients" in foretold(llama, "gptq-plain-w4g128", [*calibrated, "algorithm.two_sided=true"])
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_what_is_not_done_takes_no_time(llama, calibrated):
 )
 def test_each_option_adds_what_it_takes(change, llama, calibrated):
     assert (
-        foretold(llama, "gptq-w4g128", [*calibrated, change])["layers"]
-        > 1.05 * (foretold(llama, "gptq-w4g128", calibrated)["layers"])
+        foretold(llama, "gptq-plain-w4g128", [*calibrated, change])["layers"]
+        > 1.05 * (foretold(llama, "gptq-plain-w4g128", calibrated)["layers"])
     )
 
 
@@ -43,11 +43,11 @@ def test_products_of_a_layer_are_counted(llama, calibrated):
     tokens, weights = 16 * 128, 3 * 64 * 128 + 64 * (64 + 32 + 32 + 64)
     squares = (64**2 * 3 + 128**2) / 2
     changes = [*calibrated, "algorithm={name: rtn, calibrated: true}"]
-    told = foretold(llama, "gptq-w4g128", changes)["layers"]
+    told = foretold(llama, "gptq-plain-w4g128", changes)["layers"]
     rounding = duration.ROUNDING * weights
     assert told == pytest.approx(3 * (duration.PASS * tokens * weights + rounding) / SPEED)
     changes = [*calibrated, "transforms=[{name: magr}]", "algorithm={name: rtn}"]
-    assert foretold(llama, "gptq-w4g128", changes)["layers"] == pytest.approx(
+    assert foretold(llama, "gptq-plain-w4g128", changes)["layers"] == pytest.approx(
         3 * (duration.PASS * tokens * (weights + squares) + rounding) / SPEED
     )
 

@@ -38,7 +38,7 @@ def overflowing(llama, tmp_path):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tmp_path):
     changes = [x for change in calibrated for x in ("--set", change)]
-    arguments = ["quantize", str(llama), "gptq-w4g128", *changes, "--no-eval", "--out", str(tmp_path / "out")]
+    arguments = ["quantize", str(llama), "gptq-plain-w4g128", *changes, "--no-eval", "--out", str(tmp_path / "out")]
     begun = subprocess.Popen([sys.executable, "-m", "llmquant", *arguments], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     first = tmp_path / "out.work" / "layer-00000.safetensors"
     while not first.exists() and begun.poll() is None:
@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(llama, calibrated, tm
     begun.wait()
     assert first.exists()
     assert not (tmp_path / "out").exists()
-    chosen = recipe.load("gptq-w4g128", calibrated)
+    chosen = recipe.load("gptq-plain-w4g128", calibrated)
     report, _ = run.quantize(llama, chosen, tmp_path / "out")
     assert report.resumed_layers
     run.quantize(llama, chosen, tmp_path / "whole")
@@ -84,23 +84,25 @@ def test_a_signal_stops_a_run_that_says_how_to_go_on(
     changes = [x for change in calibrated for x in ("--set", change)]
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        found, _, err = command("quantize", llama, "gptq-w4g128", *changes, "--no-eval", "--out", tmp_path / "out")
+        found, _, err = command(
+            "quantize", llama, "gptq-plain-w4g128", *changes, "--no-eval", "--out", tmp_path / "out"
+        )
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert found == code
     assert "Finished layers are kept; the same command goes on from layer 1." in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.work"]
     monkeypatch.undo()
-    report, _ = run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out")
+    report, _ = run.quantize(llama, recipe.load("gptq-plain-w4g128", calibrated), tmp_path / "out")
     assert report.resumed_layers == 2
 
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [*(("gptq-w4g128", n) for n in (0, 300, 20_000, 60_000, 120_000)), *(("gguf-q4_0", n) for n in (0, 60_000))],
+    [*(("gptq-plain-w4g128", n) for n in (0, 300, 20_000, 60_000, 120_000)), *(("gguf-q4_0", n) for n in (0, 60_000))],
 )
 def test_a_full_disk_leaves_what_was_there_and_the_run_goes_on(name, limit, llama, calibrated, tmp_path):
-    changes = calibrated if name == "gptq-w4g128" else []
+    changes = calibrated if name == "gptq-plain-w4g128" else []
     chosen = recipe.load(name, changes)
     run.quantize(llama, chosen, tmp_path / "before")
     before = {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()}
@@ -231,7 +233,7 @@ def test_a_skipped_run_that_died_ends_with_the_same_bytes_and_exit_code_3(
     command,  # noqa: F811
 ):
     changes = [*calibrated, "grid.scale_dtype=float16", "transforms=[{name: awq, clip: false}]"]
-    chosen = recipe.load("gptq-w4g128", changes)
+    chosen = recipe.load("gptq-plain-w4g128", changes)
     report, _ = run.quantize(overflowing, chosen, tmp_path / "whole", on_error="skip")
     assert {"model.layers.1.self_attn.k_proj"} <= report.given_up.keys()
 
@@ -242,7 +244,7 @@ def test_a_skipped_run_that_died_ends_with_the_same_bytes_and_exit_code_3(
     with pytest.raises(KeyboardInterrupt):
         run.quantize(overflowing, chosen, tmp_path / "out", progress=die, on_error="skip")
     options = [x for change in changes for x in ("--set", change)]
-    arguments = ("quantize", overflowing, "gptq-w4g128", *options, "--no-eval", "--out", tmp_path / "out")
+    arguments = ("quantize", overflowing, "gptq-plain-w4g128", *options, "--no-eval", "--out", tmp_path / "out")
     code, out, _ = command(*arguments, "--on-error", "skip")
     assert code == 3
     assert "left float" in out
@@ -263,12 +265,12 @@ def test_activations_that_are_not_finite_are_named_by_the_linear_that_reads_them
         with pytest.raises(
             CalibrationError, match=r"^model\.layers\.1\.self_attn\.q_proj.*: what it reads from the calibration text"
         ):
-            run.quantize(model, recipe.load("gptq-w4g128", changes), tmp_path / out)
+            run.quantize(model, recipe.load("gptq-plain-w4g128", changes), tmp_path / out)
 
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "codes", "records", "missing"])
 def test_a_damaged_work_file_is_named_and_removing_it_mends_the_run(damage, llama, calibrated, tmp_path):
-    chosen, work = recipe.load("gptq-w4g128", calibrated), tmp_path / "work"
+    chosen, work = recipe.load("gptq-plain-w4g128", calibrated), tmp_path / "work"
     run.quantize(llama, chosen, tmp_path / "whole", work)
     path, name = work / "layer-00001.safetensors", "model.layers.1.mlp.up_proj"
     whole = path.read_bytes()
@@ -292,7 +294,7 @@ def test_a_damaged_work_file_is_named_and_removing_it_mends_the_run(damage, llam
 
 
 def test_the_folders_of_several_formats_appear_together(llama, calibrated, tmp_path):
-    chosen = recipe.load("gptq-w4g128", [*calibrated, "formats=[gptq, compressed_tensors]"])
+    chosen = recipe.load("gptq-plain-w4g128", [*calibrated, "formats=[gptq, compressed_tensors]"])
     run.quantize(llama, chosen, tmp_path / "whole")
 
     def die(what, done, total):
@@ -315,7 +317,7 @@ def test_a_run_that_is_stopped_while_it_is_measured_leaves_a_whole_folder(llama,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=calibrated, progress=die)
+        api.quantize(llama, "gptq-plain-w4g128", tmp_path / "out", changes=calibrated, progress=die)
     report = read_json(tmp_path / "out" / "llmquant-report.json")
     assert report["evaluation"] == []
     assert report["hashes"]["gptq"]["README.md"] == Digest(tmp_path / "out" / "README.md").hexdigest()
@@ -329,7 +331,7 @@ def test_a_finished_run_leaves_what_it_has_not_put_into_the_work_folder(llama, c
         (self.folder / "mine.txt").write_text("not a run's")
 
     monkeypatch.setattr(Work, "save", beside)
-    run.quantize(llama, recipe.load("gptq-w4g128", calibrated), tmp_path / "out")
+    run.quantize(llama, recipe.load("gptq-plain-w4g128", calibrated), tmp_path / "out")
     assert [p.name for p in (tmp_path / "out.work").iterdir()] == ["mine.txt"]
 
 
@@ -410,7 +412,7 @@ def test_an_error_that_someone_keeps_does_not_keep_the_work_folder(overflowing, 
 
 
 def test_a_run_of_which_all_layers_are_finished_computes_none_again(llama, calibrated, tmp_path, monkeypatch):
-    chosen = recipe.load("gptq-w4g128", calibrated)
+    chosen = recipe.load("gptq-plain-w4g128", calibrated)
 
     def broken(*args, **options):
         raise OutputError("the disk is full")
@@ -429,7 +431,7 @@ def test_a_run_of_which_all_layers_are_finished_computes_none_again(llama, calib
 
 
 def test_a_layer_after_the_last_missing_one_is_not_computed(llama, calibrated, tmp_path, monkeypatch):
-    chosen = recipe.load("gptq-w4g128", calibrated)
+    chosen = recipe.load("gptq-plain-w4g128", calibrated)
     run.quantize(llama, chosen, tmp_path / "out", work_folder=tmp_path / "work")
     (tmp_path / "work" / "layer-00001.safetensors").unlink()
     passed, finished = [], layers._pass_finished

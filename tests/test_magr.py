@@ -88,7 +88,11 @@ def test_a_run_takes_it_alone_and_after_scales(llama, calibrated, tmp_path):
     errors = []
     for i, transforms in enumerate(("[]", "[{name: magr}]", "[{name: awq, steps: 3, clip: false}, {name: magr}]")):
         report = api.quantize(
-            llama, "gptq-w3g128", tmp_path / str(i), changes=[*changes, f"transforms={transforms}"], evaluate=False
+            llama,
+            "gptq-plain-w4g128",
+            tmp_path / str(i),
+            changes=[*changes, f"transforms={transforms}"],
+            evaluate=False,
         )
         errors.append([told["error"] for told in report.linears.values()])
         assert not report.notes

@@ -107,7 +107,7 @@ def test_gptq_beats_rounding_to_nearest(key, saved, texts, tmp_path):
 @pytest.mark.parametrize("key", ["mixtral", "qwen2-moe", "qwen3-moe"])
 def test_an_expert_without_tokens_is_rounded_sanely_and_listed(key, saved, texts, tmp_path):
     options = ("grid.group_size=32", "algorithm.actorder=false", "formats=[compressed_tensors]")
-    report = quantize(saved(key), texts, tmp_path / "out", "gptq-w4g128", *options)
+    report = quantize(saved(key), texts, tmp_path / "out", "gptq-plain-w4g128", *options)
     for part in ("gate_proj", "up_proj", "down_proj"):
         told = report.linears[f"{LONELY}.{part}"]
         assert (told["tokens"], told["prior"]) == (0, 1)
@@ -211,7 +211,7 @@ def test_a_folder_that_holds_fused_experts_is_read_like_any_other(key, saved, tm
         assert len(info.shape) == 1 or torch.equal(fused.read(name, (3, 9)), plain.read(name, (3, 9)))
 
 
-@pytest.mark.parametrize("name", ["rtn-w4g128", "gptq-w4g128"])
+@pytest.mark.parametrize("name", ["rtn-w4g128", "gptq-plain-w4g128"])
 def test_one_expert_cannot_be_left_float(name, saved, texts, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(saved("qwen2-moe"), model)
@@ -237,8 +237,8 @@ def test_a_plan_knows_what_the_work_folder_holds_of_experts(saved, texts, tmp_pa
     monkeypatch.setattr(work.Work, "drop_information", drop)
     text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 8, length: 128}}"
     changes = [text, "grid.group_size=32", "algorithm.two_sided=true"]
-    quantize(saved("qwen2-moe"), texts, tmp_path / "out", "gptq-w4g128", *changes)
-    planned = api.plan(saved("qwen2-moe"), "gptq-w4g128", changes=changes)
+    quantize(saved("qwen2-moe"), texts, tmp_path / "out", "gptq-plain-w4g128", *changes)
+    planned = api.plan(saved("qwen2-moe"), "gptq-plain-w4g128", changes=changes)
     assert max(sizes) == pytest.approx(planned.scratch_bytes, rel=0.05)
 
 
@@ -262,11 +262,15 @@ def test_names_in_a_written_folder_are_those_of_the_checkpoint(saved, texts, tmp
     ("key", "name", "changes"),
     [
         ("mixtral", "awq-gptq-w4g128", ["grid.group_size=32"]),
-        ("qwen3-moe-mixed", "gptq-w4g128", ["grid.group_size=32", "true_sequential=false", "mismatch_correction=true"]),
+        (
+            "qwen3-moe-mixed",
+            "gptq-plain-w4g128",
+            ["grid.group_size=32", "true_sequential=false", "mismatch_correction=true"],
+        ),
         ("qwen2-moe", "best-w4g128", ["grid.group_size=32", "learned_rounding.steps=2"]),
         ("qwen2-moe", "w8a8-smoothquant", []),
         ("mixtral", "w8a8-static", []),
-        ("qwen3-moe-mixed", "gptq-w4g128", ["grid.group_size=32", "rotations=[residual, heads]"]),
+        ("qwen3-moe-mixed", "gptq-plain-w4g128", ["grid.group_size=32", "rotations=[residual, heads]"]),
     ],
     ids=["awq and mismatch", "one pass for all sites", "everything", "smoothquant", "static", "rotated"],
 )
@@ -432,6 +436,6 @@ def test_the_hessians_of_all_experts_never_exist_together(save_model, texts, tmp
         )
         model = save_model(tmp_path / f"float-{experts_now}", config)
         text = f"calibration={{path: {texts / 'calibration.txt'}, sequences: 2, length: 64}}"
-        chosen = recipe.load("gptq-w4g128", [text, "grid.group_size=32", "formats=[compressed_tensors]"])
+        chosen = recipe.load("gptq-plain-w4g128", [text, "grid.group_size=32", "formats=[compressed_tensors]"])
         run.quantize(model, chosen, tmp_path / f"out-{experts_now}")
     assert most[12] == most[3] <= 4

@@ -19,7 +19,7 @@ def both(llama, out, name):
 
 def test_the_report_tells_the_noise_of_the_written_weights(llama, calibrated, tmp_path):
     report = api.quantize(
-        llama, "gptq-w4g128", tmp_path / "out", changes=[*calibrated, "formats=[gptq]"], evaluate=False
+        llama, "gptq-plain-w4g128", tmp_path / "out", changes=[*calibrated, "formats=[gptq]"], evaluate=False
     )
     assert len(report.linears) == 21
     for name, told in list(report.linears.items())[::5]:
@@ -29,7 +29,7 @@ def test_the_report_tells_the_noise_of_the_written_weights(llama, calibrated, tm
         assert told["layer"] == int(name.split(".")[2])
     # the first site reads the float model's own activations: the ratio at its output can be computed from them
     text = run.data.calibration_tokens(
-        recipe.load("gptq-w4g128", calibrated).calibration, run.data.load_tokenizer(llama), 256
+        recipe.load("gptq-plain-w4g128", calibrated).calibration, run.data.load_tokenizer(llama), 256
     )
     model = hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     seen = []

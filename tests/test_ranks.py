@@ -71,8 +71,8 @@ OUTSIDE = ["mixture={name: q4_0}"]
 @pytest.mark.parametrize(
     ("size", "name", "changes"),
     [
-        (3, "gptq-w4g128", ["algorithm.actorder=true"]),
-        (2, "gptq-w4g128", EVERYTHING),
+        (3, "gptq-plain-w4g128", ["algorithm.actorder=true"]),
+        (2, "gptq-plain-w4g128", EVERYTHING),
         (2, "gptq-q4_k_m", OUTSIDE),
     ],
 )
@@ -98,9 +98,9 @@ def test_experts_are_the_same_too(key, saved, texts, tmp_path, monkeypatch):  # 
         "mismatch_correction=true",
     ]
     changes.append("formats=[compressed_tensors]")
-    told = end(begin(2, *command(saved(key), "gptq-w4g128", changes, tmp_path / "together")))
+    told = end(begin(2, *command(saved(key), "gptq-plain-w4g128", changes, tmp_path / "together")))
     assert [code for code, _, _ in told] == [0, 0], told
-    run.quantize(saved(key), recipe.load("gptq-w4g128", changes), tmp_path / "alone")
+    run.quantize(saved(key), recipe.load("gptq-plain-w4g128", changes), tmp_path / "alone")
     assert weights(tmp_path / "together") == weights(tmp_path / "alone")
 
 
@@ -113,7 +113,7 @@ def test_a_process_that_is_lost_stops_the_others_and_any_number_goes_on(
 ):
     monkeypatch.setattr(stream, "BATCH_TOKENS", BATCH)
     changes = [*calibrated, "mismatch_correction=true"]
-    started = begin(2, *command(llama, "gptq-w4g128", changes, tmp_path / "out"))
+    started = begin(2, *command(llama, "gptq-plain-w4g128", changes, tmp_path / "out"))
     first = tmp_path / "out.work" / "layer-00000.safetensors"
     while not first.exists() and started[0].poll() is None:
         time.sleep(0.01)
@@ -130,15 +130,15 @@ def test_a_process_that_is_lost_stops_the_others_and_any_number_goes_on(
     assert "Traceback" not in err
     assert waited < 30
     assert not (tmp_path / "out").exists()
-    report, _ = run.quantize(llama, recipe.load("gptq-w4g128", changes), tmp_path / "out")
+    report, _ = run.quantize(llama, recipe.load("gptq-plain-w4g128", changes), tmp_path / "out")
     assert report.resumed_layers
-    run.quantize(llama, recipe.load("gptq-w4g128", changes), tmp_path / "whole")
+    run.quantize(llama, recipe.load("gptq-plain-w4g128", changes), tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for_forever(lost, llama, calibrated, tmp_path):
-    started = begin(2, *command(llama, "gptq-w4g128", calibrated, tmp_path / "out"), meeting=2)
+    started = begin(2, *command(llama, "gptq-plain-w4g128", calibrated, tmp_path / "out"), meeting=2)
     started[lost].kill()
     started[lost].communicate()
     code, out, err = end([started[1 - lost]])[0]
@@ -155,7 +155,7 @@ def test_a_process_that_never_comes_is_not_waited_for_forever(lost, llama, calib
     ],
 )
 def test_what_several_processes_cannot_do_is_refused_by_all(changes, told, llama, calibrated, tmp_path):
-    ended = end(begin(2, *command(llama, "gptq-w4g128", [*calibrated, *changes], tmp_path / "out")))
+    ended = end(begin(2, *command(llama, "gptq-plain-w4g128", [*calibrated, *changes], tmp_path / "out")))
     assert [code for code, _, _ in ended] == [2, 2]
     assert told in " ".join(ended[0][2].split())
     assert "Traceback" not in ended[0][2] + ended[1][2]

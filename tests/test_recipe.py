@@ -1,3 +1,6 @@
+import importlib
+from pathlib import Path
+
 import pytest
 
 from llmquant import plugins, recipe
@@ -232,3 +235,28 @@ def test_a_recipe_is_named_after_its_file_unless_it_says_otherwise(load):
 def test_a_recipe_made_in_python_is_checked_like_one_from_a_file():
     with pytest.raises(RecipeError, match=r"grid\.bit: unknown key"):
         Recipe(name="x", grid={"name": "affine", "bit": 4})
+
+
+def test_the_shipped_recipes_are_what_the_accuracy_study_measures(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "eval")
+    accuracy = importlib.import_module("accuracy")
+    text = ["calibration.path=text.txt"]
+
+    def method(name, changes=()):
+        found = recipe.load(name, [*text, *changes])
+        return found.algorithm, found.transforms, found.mismatch_correction, found.learned_rounding, found.rotations
+
+    shipped = recipe.shipped()
+    for format_ in (*accuracy.MIXTURES, *accuracy.AFFINE):
+        options = {name: [c for c in found if c != "--set"] for name, found in accuracy.VARIANTS.items()}
+        plain = f"gguf-{format_}" if format_ in accuracy.MIXTURES else "rtn-w4g128"
+        assert method(f"gptq-{format_}") == method(plain, options["default"])
+        assert method(f"best-{format_}") == method(plain, options["best"])
+        if format_ in accuracy.AFFINE:
+            bits, group, symmetric = accuracy.AFFINE[format_]
+            for name in (f"gptq-{format_}", f"best-{format_}"):
+                grid = recipe.load(name, text).grid
+                assert (grid["bits"], grid["group_size"], grid["symmetric"]) == (bits, group, symmetric)
+    assert method("gguf-auto") == method("gptq-q4_k_m")
+    assert method("gptq-plain-w4g128")[0] == {"name": "gptq", "actorder": True}
+    assert {f"gptq-{format_}" for format_ in accuracy.MIXTURES} <= set(shipped)

@@ -121,7 +121,7 @@ def test_outliers_are_spread_over_all_channels():
 @pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
 def test_a_file_of_a_rotated_model_computes_what_the_model_did(algorithm, llama, texts, calibrated, tmp_path):
     changes = [*calibrated, "rotations=[residual, heads]", f"algorithm={{name: {algorithm}}}", "grid.bits=8"]
-    api.quantize(llama, "gptq-w4g128", tmp_path / "out", changes=changes, evaluate=False)
+    api.quantize(llama, "gptq-plain-w4g128", tmp_path / "out", changes=changes, evaluate=False)
     x = torch.arange(40)[None]
     right = expected(llama, x)
     error = logits(open_model(tmp_path / "out"), x) - right
@@ -132,5 +132,5 @@ def test_a_file_of_a_rotated_model_computes_what_the_model_did(algorithm, llama,
 
 def test_a_recipe_says_what_is_wrong_with_its_rotations(llama):
     with pytest.raises(RecipeError, match="rotations"):
-        recipe.load("gptq-w4g128", ["rotations=[residuals]"])
+        recipe.load("gptq-plain-w4g128", ["rotations=[residuals]"])
     assert run.make_plan(llama, recipe.load("rtn-w4g128", ["rotations=[residual]", "grid.group_size=32"])).weights

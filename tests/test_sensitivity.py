@@ -34,12 +34,12 @@ def alone(model, name, changes, linears, windows, out):
 
 @pytest.mark.parametrize("by", ["linear", "site", "layer"])
 def test_the_divergence_is_that_of_a_file_with_only_this_unit_quantized(by, llama, windows, calibrated, tmp_path):
-    found = measure(llama, windows, tmp_path, "gptq-w4g128", [*calibrated, "formats=[compressed_tensors]"], by=by)
+    found = measure(llama, windows, tmp_path, "gptq-plain-w4g128", [*calibrated, "formats=[compressed_tensors]"], by=by)
     assert len(found.units) == 3 * {"linear": 7, "site": 4, "layer": 1}[by]
     unit = found.units[-2 if by == "layer" else len(found.units) // 3 + 1]
     assert unit.layer == 1
     changes = [*calibrated, "formats=[compressed_tensors]", "true_sequential=false"]
-    written = alone(llama, "gptq-w4g128", changes, unit.linears, windows, tmp_path / "out")
+    written = alone(llama, "gptq-plain-w4g128", changes, unit.linears, windows, tmp_path / "out")
     result = found.table()[unit.name]["recipe"]
     assert result.kld == pytest.approx(written, rel=1e-4)
     assert result.bits_per_weight == 4.5
@@ -113,7 +113,7 @@ def test_grids_that_mean_nothing_are_refused(llama, windows, tmp_path):
 def test_text_that_is_calibrated_on_is_refused(llama, calibrated, texts, tmp_path):
     with pytest.raises(DataError, match="calibrates on this text"):
         api.sensitivity(
-            llama, "gptq-w4g128", tmp_path, text=texts / "calibration.txt", changes=calibrated, protocol="sliding"
+            llama, "gptq-plain-w4g128", tmp_path, text=texts / "calibration.txt", changes=calibrated, protocol="sliding"
         )
 
 
@@ -247,8 +247,8 @@ def test_a_budget_in_bits_per_weight_is_what_the_plan_prints(llama, windows, tmp
 
 def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windows, calibrated, texts, tmp_path):
     changes = [*calibrated, "formats=[compressed_tensors]"]
-    found = measure(llama, windows, tmp_path, "gptq-w4g128", changes, by="layer", grids="3,8")
-    assert budget.fill(llama, recipe.load("gptq-w4g128", changes), found, "15bpw", "mixed").choices
+    found = measure(llama, windows, tmp_path, "gptq-plain-w4g128", changes, by="layer", grids="3,8")
+    assert budget.fill(llama, recipe.load("gptq-plain-w4g128", changes), found, "15bpw", "mixed").choices
     for change, message in (
         ("calibration.sequences=12", r"measured with calibration = .*'sequences': 16.* this recipe has .*12"),
         (f"calibration.path={texts / 'evaluation.txt'}", r"measured with calibration = "),
@@ -259,7 +259,7 @@ def test_a_budget_is_not_spent_by_what_was_measured_on_another_text(llama, windo
         ),
     ):
         with pytest.raises(RecipeError, match=message):
-            budget.fill(llama, recipe.load("gptq-w4g128", [*changes, change]), found, "15bpw", "mixed")
+            budget.fill(llama, recipe.load("gptq-plain-w4g128", [*changes, change]), found, "15bpw", "mixed")
     # what does not read text is the same on any
     plain = measure(llama, windows, tmp_path / "rtn", "rtn-w4g128", ["grid.group_size=32"], by="layer", grids="3,8")
     text = [f"calibration.path={texts / 'calibration.txt'}", "grid.group_size=32"]
