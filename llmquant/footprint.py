@@ -1,8 +1,8 @@
 """How much memory and disk a run takes at most, foretold from shapes, and where its activations are so that it fits.
 
-A run goes through phases, each with a peak of its own. The factors are bytes of a run in float32 on the CPU. ROUNDING,
-PIECES, BACKWARD and PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to GPTQ alone;
-the others are counted from the code. What a GPU takes is counted by the same factors and was not measured.
+A run goes through phases, each with a peak of its own. The factors are bytes of a run in float32 on the CPU. DIRECT,
+ROUNDING, PIECES, BACKWARD and PACKING were fitted to whole runs (eval/memory.py), FEEDBACK, FACTORS and FACTORED to
+GPTQ alone; the others are counted from the code. What a GPU takes is counted by the same factors and was not measured.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from llmquant.plan import PIECE, Placement, Plan, needs_of, two_sided
 RUNTIME = 500_000_000  # Python, torch, transformers and compiled kernels before any model
 CALIBRATING = 80_000_000  # more of them
 # For each weight of the matrices that are quantized together:
-ROUNDING = 14  # fitting, codes and errors; search by an observer may take up to twice that
+DIRECT = 20  # fitting, codes and errors, where linears are quantized as they are written
+ROUNDING = 14  # the same beside a layer
 PIECES = 32  # the same of the pieces of a GGUF file, which wait to be written
 FEEDBACK = 36  # GPTQ
 PACKING = 3
 # For each element of the square of a site's columns:
 SUMS = 8  # a Hessian while it is summed
 HESSIAN = 4
-FACTORS = 38  # a Hessian; GPTQ's factors of it, and what they are computed in
+FACTORS = 44  # a Hessian; GPTQ's factors of it, and what they are computed in
 FACTORED = 16  # the same while rows are rounded
 EXPERT = 2  # Hessians of all tokens beside those of an expert's own
 CORRECTION = 20  # what a mismatch needs beside the Hessian
@@ -182,7 +183,10 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     # all tokens wait where experts begin
     waiting = element * hidden * text.tokens * any(site.expert for site in sites)
     if placement == "waiting" and recipe.true_sequential:
-        waiting = element * (5 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
+        # the residual stream, what attention computes of it, or what the last linears read
+        waiting = (
+            element * max(6 * hidden, 2 * hidden + max(cols)) * (text.tokens + recipe.mismatch_correction * text.aimed)
+        )
     rounding, searching = [], []
     for site in sites:
         square, of_expert = site.cols**2, HESSIAN * EXPERT * site.expert * hessian
@@ -221,9 +225,9 @@ def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:
         return shard + PACKING * largest
     if len(exporters) > 1:
         layers = [sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers)]
-        return max(ROUNDING * largest + int(plan.work_bytes * max(layers) / sum(layers)), shard + PACKING * largest)
+        return max(DIRECT * largest + int(plan.work_bytes * max(layers) / sum(layers)), shard + PACKING * largest)
     if shard:
-        return ROUNDING * largest + shard
+        return DIRECT * largest + shard
     return torch.get_num_threads() * PIECES * min(largest, PIECE)
 
 

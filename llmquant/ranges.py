@@ -21,6 +21,7 @@ STEPS = 48  # shrunken ranges that `mse` tries
 SMALLEST = 0.35  # the narrowest of them, as a share of [min, max]
 E4M3_TOP = torch.finfo(torch.float8_e4m3fn).max
 
+TOGETHER = 1 << 17  # values that `hqq` searches together: what is computed of them stays in a cache
 POWER = 0.7  # of the errors that `hqq` adds up
 BETA, GROWTH, ROUNDS = 10.0, 1.01, 20  # weight of its splitting, what each round multiplies it by, rounds
 
@@ -165,6 +166,11 @@ def hqq(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
     what files store, so the float one leads to the two next to it, and the step, which the original holds, is solved
     for at each of them; the best of all by the sum itself is taken, [min, max] and the start included.
     """
+    found = [_hqq(part, symmetric, levels) for part in torch.split(x, max(TOGETHER // x.shape[1], 1))]
+    return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+
+
+def _hqq(x: Float[Tensor, "n values"], symmetric: bool, levels: int) -> Range:
     spans = [minmax(x, symmetric), mse(x, symmetric, torch.ones_like(x), levels)]
     if not symmetric:
         spans = [(with_a_level_below_zero(low, high, levels), high) for low, high in spans]
