@@ -330,8 +330,8 @@ def quantize_together(
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any], dict[str, Tensor]]:
     """Quantize linears that read the same activations; return them, what a report tells, and what was rounded.
 
-    Those with the same grid and algorithm are stacked and quantized as one
-    matrix: rows do not influence each other, and the work on the Hessian is shared.
+    Those with the same grid and algorithm are stacked and quantized as one matrix, so that the work on the Hessian is
+    shared. Where rows influence each other, those of one linear do.
 
     rewrites: the transforms; some clip weights. uncut: linears that are not clipped.
     outputs: the Fisher information of a linear's outputs, by name, where its algorithm reads it.
