@@ -21,6 +21,9 @@ model and its settings: another run with the same goes on with what is there.
 ``--combine`` makes tables and a plot of such files, of several models and several of
 one model.
 
+Peers are what a user gets: auto-round tunes in bfloat16 on a processor with bfloat16
+instructions, whatever --peer-dtype says; ``auto-round float32`` does not.
+
 A variant of llmquant is a name in VARIANTS, with changes to its recipe behind it if
 need be: ``--ours default "default+algorithm.actorder=true"``.
 """
@@ -314,6 +317,7 @@ def their_settings(name: str) -> dict[str, dict[str, dict[str, Any]]]:
         "auto-round RTN": plain | {"iters": 0},
         "auto-round light": plain | {"iters": 50, "lr": 5e-3},
         "auto-round": plain | {"iters": 200},
+        "auto-round float32": plain | {"iters": 200, "amp": False},
     }
     return {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "auto-round": auto_round}
 

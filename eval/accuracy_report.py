@@ -170,13 +170,16 @@ def tables(results: Results) -> list[str]:
     about = results.about
     versions = sorted({f"{r['program'].split()[0]} {r['version']}" for r in results.rows if r["kind"] != "float"})
     texts = about["texts"]
+    peers = f"peers computing in {about['peer_dtype']}"
+    if any(row["program"].startswith("auto-round") for row in results.rows):
+        peers += " (auto-round by its own default, `amp`, in bfloat16 where the processor has instructions for it)"
     lines = [
         f"## {results.model}",
         "",
         f"{'; '.join(versions)}; {', '.join(f'{name} {v}' for name, v in about['versions'].items())}. "
         f"{about['sequences']} sequences of {about['length']} tokens of {texts['calib']['name']} to calibrate on (seed "
-        f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, peers computing in "
-        f"{about['peer_dtype']}, {about['threads']} thread(s). Protocol: {about['protocol']}.",
+        f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, {peers}, "
+        f"{about['threads']} thread(s). Protocol: {about['protocol']}.",
         "",
         *(f"    {command}" for command in results.commands),
         "",
@@ -265,6 +268,7 @@ def draw(studies: Sequence[Results], path: Path) -> None:
 
 TITLES = {"mixture": "GGUF mixtures", "pure": "GGUF, one type", "affine": "integer groups, linears only"}
 THEIRS = ("tab:gray", "black", "tab:brown", "tab:olive", "tab:pink", "tab:cyan", "tab:purple", "darkkhaki", "lightgray")
+THEIRS += ("teal", "indigo")
 MINE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "gold")
 
 
