@@ -78,6 +78,7 @@ OPTIONS = {
     "awq": ["transforms=[{name: awq, clip: false}]"],
     "magr": ["transforms=[{name: magr}]"],
     "rotations": ["rotations=[residual, heads]"],
+    "rotations: heads": ["rotations=[heads]"],  # what a model with tied embeddings can have
     "learned_rounding": ["learned_rounding={}"],
 }
 DEFAULT = ("scale_search", "sweeps 1", "two_sided", "mismatch_correction", "awq")
@@ -210,8 +211,9 @@ def report(known: dict[str, Any]) -> str:
     options.sort(key=lambda option: option.partition(" ")[0] == "default")
     if options:
         table = [mean_line(rows, models, option) for option in options]
-        lines += ["## Options, over the models", "", "Geometric mean of the ratios of KLD and of seconds.", ""]
-        lines += [markdown(("option", "over", *BASES, "seconds"), table), ""]
+        lines += ["## Options, over the models", ""]
+        lines += ["Geometric mean of the ratios of KLD and of seconds, over the models that have both rows.", ""]
+        lines += [markdown(("option", "over", *BASES, "seconds", "models"), table), ""]
     if means := list(grid_means(rows, models)):
         lines += ["## Grids, over the models", "", "Geometric mean of the ratios of KLD to `none`.", ""]
         lines += [markdown(("grid", "static_groups", "actorder", "models"), means), ""]
@@ -273,15 +275,20 @@ def option_line(rows: Rows, model: str, base: str, option: str) -> list[str]:
 
 
 def mean_line(rows: Rows, models: Sequence[str], option: str) -> list[str]:
-    """Return the geometric means over the models for one option: over gptq, or over default where it changes that."""
+    """Return the geometric means over the models for one option: over gptq, or over default where it changes that.
+
+    The last cell counts these models: the fewest and the most, where not all have every base.
+    """
     other = "default" if option.startswith("default ") else "gptq"
-    line, times = [option, other], []
+    line, times, counts = [option, other], [], set()
     for base in BASES:
         keys = [(model, "options", base, option) for model in models]
-        found = [r for key in keys if (r := ratio(rows, key, other))]
-        line.append(f"{geometric_mean([r for r, _ in found]):.3f}" if found else "")
-        times += [rows[k]["seconds"] / rows[(*k[:3], other)]["seconds"] for k in keys if ratio(rows, k, other)]
-    return [*line, f"{geometric_mean(times):.2f}" if times else ""]
+        found = {key: r[0] for key in keys if (r := ratio(rows, key, other))}
+        line.append(f"{geometric_mean([*found.values()]):.3f}" if found else "")
+        times += [rows[key]["seconds"] / rows[(*key[:3], other)]["seconds"] for key in found]
+        counts |= {len(found)} - {0}
+    ends = sorted({min(counts, default=0), max(counts, default=0)})
+    return [*line, f"{geometric_mean(times):.2f}" if times else "", " to ".join(map(str, ends))]
 
 
 def grid_line(rows: Rows, model: str, grid: str) -> list[str]:

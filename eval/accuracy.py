@@ -15,9 +15,14 @@ measured on --text, once; the three may share no passage (splits.py makes them s
 A row is a file: its size, and its perplexity and KL divergence from the float model,
 decoded to float, and for GGUF also as llama.cpp runs it, which rounds activations too.
 Rows go into --rows as they are measured; the same command goes on with those that are
-missing, ``--again`` measures rows anew, ``--skip`` leaves programs out (``--skip
-auto-round``, whose 200 steps are slow on a CPU). DIR is scratch space. ``--combine``
-makes tables and a plot of such files, of several models and several of one model.
+missing, ``--again`` measures rows of programs anew, ``--skip`` leaves programs out
+(``--skip auto-round``, whose 200 steps are slow on a CPU). DIR is scratch space of one
+model and its settings: another run with the same goes on with what is there.
+``--combine`` makes tables and a plot of such files, of several models and several of
+one model.
+
+Peers are what a user gets: auto-round tunes in bfloat16 on a processor with bfloat16
+instructions, whatever --peer-dtype says; ``auto-round float32`` does not.
 
 A variant of llmquant is a name in VARIANTS, with changes to its recipe behind it if
 need be: ``--ours default "default+algorithm.actorder=true"``.
@@ -42,7 +47,7 @@ from typing import Any
 
 import torch
 import yaml
-from accuracy_report import SETTLED, without_folders, write_report
+from accuracy_report import BASELINE, SETTLED, without_folders, write_report
 from checkout import SOURCE, commit
 from outliers import write_outliers
 from peers import AUTOROUND, GPTQMODEL, LLMCOMPRESSOR, children_seconds, version
@@ -79,6 +84,10 @@ VARIANTS = {
 $imatrix: the file that llama-quantize gets, or null for formats other than GGUF. $select: the text to choose on.
 $format: "q4_k_m", "w4g128".
 """
+TOKENS = "tokens.safetensors"
+LLAMA_QUANTIZE = ("llama-quantize", BASELINE)
+PEERS = {"gptqmodel": GPTQMODEL, "llmcompressor": LLMCOMPRESSOR, "auto-round": AUTOROUND}
+"""A package -> the script that its interpreter runs."""
 
 
 @dataclass(frozen=True)
@@ -114,23 +123,27 @@ class Log:
     """The rows that are measured, in a file that is whole after each."""
 
     def __init__(self, path: Path, about: dict[str, Any], again: list[str]) -> None:
+        """Stop the study where the file holds rows of other settings. again: programs to measure anew."""
         self._path = path
         self._about = about
+        self._again = again
         self.rows: dict[str, dict[str, Any]] = {}
         if self._path.exists():
             known = json.loads(self._path.read_text("utf-8"))
-            for name in ("model", *SETTLED):
-                if known[name] != about[name]:
-                    sys.exit(
-                        f"{self._path}: was measured with another {name}: {known[name]}, now {about[name]}. "
-                        "Give another --rows."
-                    )
-            self.rows = {row["key"]: row for row in known["rows"] if row["program"] not in again}
+            check_same(path, known, about, "Give another --rows.")
+            self.rows = {row["key"]: row for row in known["rows"]}
             about["commands"] = list(dict.fromkeys([*known["commands"], *about["commands"]]))
         self._write()
 
+    def lacks(self, key: str, program: str) -> bool:
+        """Return whether a row is still to be measured, or is to be measured anew."""
+        return key not in self.rows or program in self._again
+
     def add(self, row: dict[str, Any]) -> None:
-        self.rows[row["key"]] = row
+        """Keep a row, in place of the one before; a measured one stays where the new one failed."""
+        before = self.rows.get(row["key"])
+        if before is None or before["error"] is not None or row["error"] is None:
+            self.rows[row["key"]] = row
         self._write()
 
     def _write(self) -> None:
@@ -138,6 +151,23 @@ class Log:
         known = json.dumps(self._about | {"rows": list(self.rows.values())}, indent=1)
         beside.write_text(without_folders(known) + "\n", "utf-8")
         beside.replace(self._path)
+
+
+def check_same(path: Path, known: dict[str, Any], about: dict[str, Any], remedy: str) -> None:
+    """Stop the study where a file or folder was made for another model or with other settings."""
+    others = [f"{n} {known[n]}, now {about[n]}" for n in ("model", *SETTLED) if known[n] != about[n]]
+    if others:
+        sys.exit(f"{path} is of other settings: {'; '.join(others)}. {remedy}")
+
+
+def settle(out: Path, about: dict[str, Any]) -> None:
+    """Keep the settings in the folder of scratch files; stop the study where it holds files of others."""
+    path, remedy = out / "settings.json", f"Give another --out, or remove {out}."
+    if not path.exists() and (out / TOKENS).exists():
+        sys.exit(f"{out} holds files, and nothing says with which settings they were made. {remedy}")
+    settings = json.dumps({name: about[name] for name in ("model", *SETTLED)}, indent=1)
+    known = json.loads(once(path, lambda part: part.write_text(settings + "\n", "utf-8")).read_text("utf-8"))
+    check_same(out, known, about, remedy)
 
 
 def once(path: Path, create: Callable[[Path], object]) -> Path:
@@ -165,7 +195,7 @@ def prepare(args: argparse.Namespace, model: Path) -> Prepared:
     context = Stream(open_model(model), torch.device("cpu"), weights=False).context
     source = data.Calibration(path=args.calib, sequences=args.sequences, length=args.length, seed=args.seed)
     text = data.calibration_tokens(source, tokenizer, context)
-    tokens = once(args.out / "tokens.safetensors", lambda out: save_file({"tokens": text.tokens}, out))
+    tokens = once(args.out / TOKENS, lambda out: save_file({"tokens": text.tokens}, out))
     if not args.mixtures and not args.types:
         return Prepared(model, tokens, None, None)
     float_recipe = Recipe(name="f32", mixture={"name": "f32"}, formats=["gguf"])
@@ -198,7 +228,8 @@ def execute(command: list[str], threads: int, place: Path) -> tuple[float, float
     started, before = time.monotonic(), children_seconds()
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise CommandError((done.stderr.strip() or done.stdout.strip())[-2000:])
+        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
+        raise CommandError(said or f"it ended with exit status {done.returncode} and said nothing")
     return time.monotonic() - started, children_seconds() - before
 
 
@@ -247,15 +278,30 @@ def their_gguf(args: argparse.Namespace, prepared: Prepared, kind: str, name: st
     """Yield llama-quantize without and with the imatrix."""
     type_ = (name if kind == "mixture" else TYPES[name]).upper()
     pure = ["--pure"] if kind == "pure" else []
-    known = {"llama-quantize": [], "llama-quantize imatrix": ["--imatrix", str(prepared.imatrix)]}
-    for program, more in known.items():
+    for program in LLAMA_QUANTIZE:
+        more = ["--imatrix", str(prepared.imatrix)] if program == BASELINE else []
         out = folder / f"{kind}-{name}-{program}".replace(" ", "-")
         command = [str(args.llama_cpp / "llama-quantize"), *more, *pure, str(prepared.gguf), str(out / "model.gguf")]
         yield Job(kind, name, program, args.llama_version, [*command, type_, str(args.threads)], out)
 
 
 def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder: Path) -> Iterator[Job]:
-    """Yield the programs whose interpreters are given, each with its settings for a format."""
+    """Yield the programs whose interpreters are given."""
+    for package, programs in their_settings(name).items():
+        python = getattr(args, package.replace("-", "_"))
+        if python is None:
+            continue
+        path = args.out / f"run-{package}.py"  # not the name of a module
+        path.write_text(PEERS[package], "utf-8")
+        number = version(python, package)
+        for program, settings in programs.items():
+            out = folder / f"affine-{name}-{program}".replace(" ", "-")
+            inputs = [str(prepared.model), str(prepared.tokens), str(out), args.peer_dtype, json.dumps(settings)]
+            yield Job("affine", name, program, number, [python, str(path), *inputs], out)
+
+
+def their_settings(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return for each package its programs, and for each of them the settings for a format of integer groups."""
     bits, group, symmetric = AFFINE[name]
     plain = {"bits": bits, "group_size": group, "sym": symmetric}
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
@@ -271,21 +317,15 @@ def their_affine(args: argparse.Namespace, prepared: Prepared, name: str, folder
         "auto-round RTN": plain | {"iters": 0},
         "auto-round light": plain | {"iters": 50, "lr": 5e-3},
         "auto-round": plain | {"iters": 200},
+        "auto-round float32": plain | {"iters": 200, "amp": False},
     }
-    for package, python, script, programs in (
-        ("gptqmodel", args.gptqmodel, GPTQMODEL, gptqmodel),
-        ("llmcompressor", args.llmcompressor, LLMCOMPRESSOR, llmcompressor),
-        ("auto-round", args.auto_round, AUTOROUND, auto_round),
-    ):
-        if python is None:
-            continue
-        path = args.out / f"run-{package}.py"  # not the name of a module
-        path.write_text(script, "utf-8")
-        number = version(python, package)
-        for program, settings in programs.items():
-            out = folder / f"affine-{name}-{program}".replace(" ", "-")
-            inputs = [str(prepared.model), str(prepared.tokens), str(out), args.peer_dtype, json.dumps(settings)]
-            yield Job("affine", name, program, number, [python, str(path), *inputs], out)
+    return {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "auto-round": auto_round}
+
+
+def their_programs() -> list[str]:
+    """Return what the programs of others are called."""
+    packages = [programs for name in AFFINE for programs in their_settings(name).values()]
+    return [*LLAMA_QUANTIZE, *dict.fromkeys(program for programs in packages for program in programs)]
 
 
 def written(out: Path) -> list[Path]:
@@ -387,21 +427,24 @@ def study(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     for folder in (args.out, args.rows.parent):
         folder.mkdir(parents=True, exist_ok=True)
+    windows = evaluation.read_windows(args.model, args.text, "llama.cpp", args.max_tokens)
+    settle(args.out, about(args, args.model, windows.label))
     model = measured_model(args)
-    windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
     log = Log(args.rows, about(args, model, windows.label), args.again)
     prepared = prepare(args, model)
     reference = evaluation.Reference(model)
-    if prepared.gguf is not None and "float" not in log.rows:
+    if prepared.gguf is not None and log.lacks("float", "float"):
         named = {"key": "float", "kind": "float", "format": "f32", "program": "float", "version": commit()}
         row = measured(prepared.gguf, windows, reference)
         log.add(named | {"command": [], "error": None} | row)
     for job in jobs(args, prepared):
-        if job.key in log.rows or job.program in args.skip:
+        if job.program in args.skip or not log.lacks(job.key, job.program):
             continue
         row = measure(job, args, windows, reference)
         log.add(row)
-        told = row["error"] or f"{row['seconds']:.1f} s, KLD {row['decoded']['kld_mean']:.6f}"
+        told = f"failed: {row['error']}"
+        if row["error"] is None:
+            told = f"{row['seconds']:.1f} s, KLD {row['decoded']['kld_mean']:.6f}"
         print(f"{job.key}: {told}", flush=True)
 
 
@@ -445,6 +488,12 @@ def main() -> None:
     unknown = [variant for variant in args.ours if variant.split("+")[0] not in VARIANTS]
     if unknown:
         parser.error(f"--ours {unknown[0]}: the variants are {', '.join(VARIANTS)}")
+    others = their_programs()
+    mine = [f"llmquant {variant}" for variant in args.ours]
+    for option, given, names in (("skip", args.skip, others), ("again", args.again, ["float", *others, *mine])):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            parser.error(f"--{option} {unknown[0]}: the programs are {', '.join(names)}")
     args.llama_version = llama_version(args.llama_cpp) if args.llama_cpp else None
     study(args)
 

@@ -40,13 +40,18 @@ class Results:
         self.about = parts[0]
         self.model = str(self.about["model"])
         self.commands = dict.fromkeys(command for part in parts for command in part["commands"])
-        known = {row["key"]: row for part in parts for row in part["rows"]}.values()
-        self.rows: list[Row] = sorted((row for row in known if row["error"] is None), key=place)
-        self.failed: list[Row] = [row for row in known if row["error"] is not None]
-
-    def formats(self) -> list[tuple[str, str]]:
-        """Return (kind, format) of all rows, in their order."""
-        return list(dict.fromkeys((row["kind"], row["format"]) for row in self.rows if row["kind"] != "float"))
+        known: dict[str, Row] = {}
+        for row in (row for part in parts for row in part["rows"]):
+            before = known.setdefault(row["key"], row)
+            if before["error"] is not None:
+                known[row["key"]] = row
+            elif row["error"] is None and shown(row) != shown(before):
+                raise SystemExit(
+                    f"{self.model}: two files hold {row['key']}, measured with {before['version']} and with "
+                    f"{row['version']}, and their figures are not the same. Remove the row from one of them."
+                )
+        self.rows: list[Row] = sorted((row for row in known.values() if row["error"] is None), key=place)
+        self.failed: list[Row] = [row for row in known.values() if row["error"] is not None]
 
     def of(self, kind: str, format_: str) -> list[Row]:
         return [row for row in self.rows if (row["kind"], row["format"]) == (kind, format_)]
@@ -77,6 +82,12 @@ class Results:
 def of_windows(row: Row, how: str, name: str) -> np.ndarray:
     """Return the mean of a figure over each window of the text."""
     return np.array(row[how][f"{name}_windows"].split(), np.float64)
+
+
+def shown(row: Row) -> list[Any]:
+    """Return what rows of one file must agree on: its size, and its figures as far as the tables show them."""
+    figures = [row[how] for how in HOW if how in row]
+    return [row["compared_bytes"], *((f"{f['perplexity']:.3f}", f"{f['kld_mean']:.6f}") for f in figures)]
 
 
 def place(row: Row) -> tuple[int, str, bool, int, str]:
@@ -159,13 +170,16 @@ def tables(results: Results) -> list[str]:
     about = results.about
     versions = sorted({f"{r['program'].split()[0]} {r['version']}" for r in results.rows if r["kind"] != "float"})
     texts = about["texts"]
+    peers = f"peers computing in {about['peer_dtype']}"
+    if any(row["program"].startswith("auto-round") for row in results.rows):
+        peers += " (auto-round by its own default, `amp`, in bfloat16 where the processor has instructions for it)"
     lines = [
         f"## {results.model}",
         "",
         f"{'; '.join(versions)}; {', '.join(f'{name} {v}' for name, v in about['versions'].items())}. "
         f"{about['sequences']} sequences of {about['length']} tokens of {texts['calib']['name']} to calibrate on (seed "
-        f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, peers computing in "
-        f"{about['peer_dtype']}, {about['threads']} thread(s). Protocol: {about['protocol']}.",
+        f"{about['seed']}), {texts['select']['name']} to select on, imatrix by {about['imatrix']}, {peers}, "
+        f"{about['threads']} thread(s). Protocol: {about['protocol']}.",
         "",
         *(f"    {command}" for command in results.commands),
         "",
@@ -254,6 +268,7 @@ def draw(studies: Sequence[Results], path: Path) -> None:
 
 TITLES = {"mixture": "GGUF mixtures", "pure": "GGUF, one type", "affine": "integer groups, linears only"}
 THEIRS = ("tab:gray", "black", "tab:brown", "tab:olive", "tab:pink", "tab:cyan", "tab:purple", "darkkhaki", "lightgray")
+THEIRS += ("teal", "indigo")
 MINE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "gold")
 
 

@@ -90,6 +90,7 @@ model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
 rows = load_file(tokens)["tokens"]
 loader = DataLoader([{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows], batch_size=1)
 text = {"dataset": loader, "nsamples": len(rows), "seqlen": rows.shape[1]}
+# it tunes in bfloat16 where the processor has instructions for it, unless the settings say amp: false
 rounder = AutoRound(model, AutoTokenizer.from_pretrained(model_path), device_map="cpu", **text, **json.loads(settings))
 rounder.quantize_and_save(out, format="auto_gptq")
 """

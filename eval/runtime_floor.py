@@ -9,17 +9,21 @@ GPTQ without scales, with AWQ's (the default preset), and with AWQ's when its se
 counts the rounding of activations in its loss, as it is and a few times over.
 
 Results are compared on --text, which is for selection. results.json beside the tables
-keeps the rows; another model's are added, the same model's replaced.
+keeps the rows: another model's are added, those of the same model and settings replaced,
+and those of other settings refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accuracy import DEFAULT
@@ -36,7 +40,7 @@ from llmquant.transform import SiteView
 BLOCK, TOP = 256, 127  # of llama.cpp's Q8_K: values with one scale, the largest code
 SCALES: dict[str, float | None] = {"none": None, "AWQ": 0.0, "AWQ, rounding x 1": 1.0, "AWQ, rounding x 4": 4.0}
 """What a row is called -> how many times the rounding of activations counts; None: no scales."""
-COLUMNS = ("model", "scales", "decoded", "run by llama.cpp", "floor")
+COLUMNS = ("scales", "decoded", "run by llama.cpp", "floor")
 
 
 class Counting(SiteView):
@@ -70,6 +74,37 @@ def counting(times: float) -> Iterator[None]:
         layers.SiteView = before
 
 
+def earlier(path: Path, model: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file of a run before holds; stop the study where it has the model with other settings."""
+    known: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"models": {}, "rows": []}
+    before = known["models"].get(model, about)
+    others = [f"{name} {before[name]}, now {about[name]}" for name in about if before[name] != about[name]]
+    if others:
+        sys.exit(f"{path} has {model} with other settings: {'; '.join(others)}. Give another --out or --name.")
+    return known
+
+
+def report(known: dict[str, Any]) -> str:
+    """Return the table of each model as Markdown, under the settings that its rows were measured with."""
+    lines = ["# The floor of llama.cpp's arithmetic", ""]
+    lines += ["Mean KL divergence, nats a token; floor: what it is more when llama.cpp runs the file.", ""]
+    for model, about in known["models"].items():
+        figures = [(r["scales"], r["decoded"], r["as_run"]) for r in known["rows"] if r["model"] == model]
+        cells = [[scales, *(f"{x:.6f}" for x in (a, b, b - a))] for scales, a, b in figures]
+        lines += [
+            f"## {model}, {about['mixture'].upper()}",
+            "",
+            f"Commit {about['commit']}; {about['sequences']} sequences of {about['length']} tokens to calibrate on. "
+            f"Protocol: {about['protocol']}.",
+            "",
+            f"    {about['command']}",
+            "",
+            markdown(COLUMNS, cells),
+            "",
+        ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -88,15 +123,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     name = (args.name or args.model.absolute().name) + (", outliers" if args.outliers else "")
     text = f"calibration={{path: {args.calib}, sequences: {args.sequences}, length: {args.length}}}"
+    windows = evaluation.read_windows(args.model, args.text, "llama.cpp", args.max_tokens)
+    about = {
+        "texts": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (args.calib, args.text)},
+        **{name: getattr(args, name) for name in ("mixture", "sequences", "length")},
+        "protocol": windows.label,
+    }
     path = args.out.with_suffix(".json")
-    known = json.loads(path.read_text("utf-8")) if path.exists() else []
-    rows = [row for row in known if row[0] != name]
+    known = earlier(path, name, about)
+    rows = [row for row in known["rows"] if row["model"] != name]
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if args.outliers:
             model = Path(folder) / "model"
             write_outliers(args.model, model)
-        windows = evaluation.read_windows(model, args.text, "llama.cpp", args.max_tokens)
         reference = evaluation.Reference(model)
         for scales, times in SCALES.items():
             changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2]]
@@ -106,18 +146,16 @@ def main() -> None:
             with counting(times or 0.0):
                 run.quantize(model, recipe.load("gptq-q4_k_m", changes), out)
             (file,) = out.glob("*.gguf")
-            klds = [
+            decoded, as_run = (
                 evaluation.evaluate(file, windows, reference, runtime=how).kld_mean for how in ("torch", "llama.cpp")
-            ]
-            rows.append([name, scales, *klds])
-            print(*rows[-1], flush=True)
-    cells = [[model, scales, *(f"{x:.6f}" for x in (a, b, b - a))] for model, scales, a, b in rows]
-    command = without_folders(" ".join(map(str, ("eval/runtime_floor.py", args.model, args.calib, args.text))))
-    lines = [f"# The floor of llama.cpp's arithmetic, {args.mixture.upper()}", ""]
-    lines += [f"Commit {commit()}; mean KL divergence, nats a token, {windows.label}; last of `{command}`.", ""]
+            )
+            rows.append({"model": name, "scales": scales, "decoded": decoded, "as_run": as_run})
+            print(*rows[-1].values(), flush=True)
+    about |= {"commit": commit(), "command": without_folders(" ".join(sys.argv))}
+    known = {"models": known["models"] | {name: about}, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join([*lines, markdown(COLUMNS, cells), ""]))
-    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    args.out.write_text(report(known), "utf-8")
+    path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
