@@ -7,6 +7,7 @@ alone: a pickle can run code when it is loaded.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-ORDER = (torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
-         torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64)  # fmt: skip
-"""In which safetensors sorts tensors, backwards."""
 METADATA = {"format": "pt"}
 SHARD_BYTES = 5_000_000_000
 MOST_JSON = 1 << 28  # bytes; the largest tokenizers have a tenth of that
@@ -338,32 +337,41 @@ def _header(path: Path) -> dict[str, TensorInfo]:
         ) from None
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write tensors as safetensors files, with at most one shard in memory; return the size of the files in bytes.
+def write_shards(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    sketches: Iterator[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write tensors as safetensors files, with one tensor in memory; return the size of the files in bytes.
 
     One file when everything fits in a shard, else numbered shards and an index.
+
+    sketches: the same tensors on the meta device, of which those with one-byte elements may be longer.
     """
-    shards: list[tuple[Path, list[str]]] = []
-    total = 0
-    for held in _cut(tensors, shard_bytes):
-        path = folder / f"part-{len(shards)}"
-        save_file(held, path, metadata=METADATA)
-        shards.append((path, list(held)))
-        total += sum(tensor.nbytes for tensor in held.values())
-    if len(shards) == 1:
-        names = [SINGLE]
-    else:
+    shards = list(_cut(sketches, shard_bytes))
+    names = [SINGLE]
+    if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        index = {tensor: name for name, (_, held) in zip(names, shards, strict=True) for tensor in held}
+    total = 0
+    for name, sketched in zip(names, shards, strict=True):
+        with _Shard(folder / name, sketched) as shard:
+            for key, tensor in islice(tensors, len(sketched)):
+                shard.add(key, tensor)
+                total += tensor.nbytes
+    assert next(tensors, None) is None
+    if len(shards) > 1:
+        index = {tensor: name for name, sketched in zip(names, shards, strict=True) for tensor in sketched}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    for (path, _), name in zip(shards, names, strict=True):
-        path.rename(folder / name)
     return sum((folder / name).stat().st_size for name in names)
 
 
-def shards_bytes(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Return the size of the files that ``write_shards`` makes of these tensors; they may be on the meta device."""
-    return sum(_file_bytes(held) for held in _cut(tensors, shard_bytes))
+def shards_bytes(sketches: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Return the size of the files that ``write_shards`` makes of these tensors."""
+    return sum(
+        _data_begins(sketched) + sum(tensor.nbytes for tensor in sketched.values())
+        for sketched in _cut(sketches, shard_bytes)
+    )
 
 
 def _cut(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -374,28 +382,66 @@ def _cut(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[di
         if pending and size + tensor.nbytes > shard_bytes:
             yield pending
             pending, size = {}, 0
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor
         size += tensor.nbytes
     yield pending
 
 
-def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the size of a safetensors file: eight bytes, a JSON header filled up to a multiple of eight, the tensors.
+class _Shard:
+    """A safetensors file that is written as its tensors come.
 
-    Tensors stand by dtype, those with the largest elements first, then by name; the header tells where in decimal
-    digits, so that its length depends on all sizes. Source: safetensors 0.5 (src/tensor.rs).
+    Eight bytes, a JSON header filled up with spaces, the tensors, without gaps (safetensors 0.5, README). Tensors with
+    elements of several bytes have their places, the largest elements first, so that all are aligned; those of one byte
+    follow as they come.
     """
-    header: dict[str, Any] = {"__metadata__": METADATA}
-    at = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-ORDER.index(item[1].dtype), item[0])):
-        header[name] = {
-            "dtype": next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + length + -length % 8 + at
+
+    def __init__(self, path: Path, sketched: Mapping[str, Tensor]) -> None:
+        self._header: dict[str, Any] = {"__metadata__": METADATA}
+        self._begin = _data_begins(sketched)
+        wide = [name for name, tensor in sketched.items() if tensor.itemsize > 1]
+        wide.sort(key=lambda name: -sketched[name].itemsize)
+        ends = itertools.accumulate((sketched[name].nbytes for name in wide), initial=0)
+        self._places = dict(zip(wide, ends, strict=False))
+        self._end = sum(sketched[name].nbytes for name in wide)
+        self._file = path.open("wb")
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        at = self._places.get(name, self._end)
+        if tensor.itemsize == 1:
+            self._end += tensor.nbytes
+        self._header[name] = _entry(tensor, at)
+        self._file.seek(self._begin + at)
+        # of a single element, any stride is contiguous to torch, but not to `view`
+        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def __exit__(self, *raised: object) -> None:
+        with self._file as file:
+            if raised[0] is None:
+                file.seek(0)
+                length = self._begin - 8
+                file.write(length.to_bytes(8, "little") + _json(self._header).ljust(length))
+
+
+def _data_begins(sketched: Mapping[str, Tensor]) -> int:
+    """Return where the first tensor is in a file: behind a header that has room for any place of each."""
+    total = sum(tensor.nbytes for tensor in sketched.values())
+    header = {"__metadata__": METADATA} | {name: _entry(tensor, total) for name, tensor in sketched.items()}
+    length = 8 + len(_json(header))
+    return length + -length % 8
+
+
+def _entry(tensor: Tensor, at: int) -> dict[str, Any]:
+    """Return what a header tells of a tensor."""
+    dtype = next(key for key, dtype in DTYPES.items() if dtype == tensor.dtype)
+    return {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+
+
+def _json(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def atomic_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], kept: str) -> None:

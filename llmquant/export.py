@@ -93,8 +93,7 @@ def file_bytes(plan: Plan, checkpoint: Checkpoint, format_: str, config: Any) ->
     if hasattr(exporter, "file_bytes"):
         size: int = exporter.file_bytes(plan, checkpoint, config)
         return size
-    shapes = _Shapes(checkpoint)
-    return shards_bytes(_tensors(plan, shapes, shapes, exporter, lambda done, total: None), _shard_bytes(plan))
+    return shards_bytes(_sketches(plan, checkpoint, exporter), _shard_bytes(plan))
 
 
 class _Shapes(Checkpoint):
@@ -232,7 +231,7 @@ def _write_folder(
             told[name] = tensor.dtype, tuple(tensor.shape)
             yield name, tensor
 
-    written = write_shards(folder, tensors(), _shard_bytes(plan))
+    written = write_shards(folder, tensors(), _sketches(plan, checkpoint, exporter), _shard_bytes(plan))
     config = dict(checkpoint.config)
     grids = {name: linear.grid for name, linear in plan.quantized.items()}
     named = (*grids, *plan.floats) if plan.spec.renamed else ()
@@ -289,6 +288,12 @@ def _tensors(
             raise FormatError(f"{name}: {error}") from None
         yield from ((f"{key.removesuffix('.weight')}.{suffix}", tensor) for suffix, tensor in packed.items())
     advance(len(names), len(names))
+
+
+def _sketches(plan: Plan, checkpoint: Checkpoint, exporter: ModuleType) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the new folder on the meta device; reads no weights."""
+    shapes = _Shapes(checkpoint)
+    return _tensors(plan, shapes, shapes, exporter, lambda done, total: None)
 
 
 def _settings(plan: Plan) -> dict[str, object]:

@@ -8,7 +8,6 @@ GPTQ alone; the others are counted from the code. What a GPU takes is counted by
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import get_args
 
 import torch
 
-from llmquant.checkpoint import SHARD_BYTES
 from llmquant.errors import PlanError
 from llmquant.gradients import ROWS
 from llmquant.layers import informing
@@ -98,7 +96,7 @@ def check_fits(plan: Plan, room: int) -> None:
         "start": "The embedding and the output matrix alone take that",
         "gradients": "Leave out `algorithm.two_sided` and `learned_rounding`",
         "layers": f"Leave out `{'` or `'.join(costly)}`" if costly else "Take an algorithm that needs no Hessian",
-        "writing": "Set a smaller `max_shard_size`, or fewer threads (OMP_NUM_THREADS)",
+        "writing": "Give it fewer threads (OMP_NUM_THREADS)",
     }[phase]
     raise PlanError(
         f"this run needs about {peak / 1e9:.2f} GB of memory (phase: {phase}), and there are {room / 1e9:.2f} GB. "
@@ -217,17 +215,18 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
 
 def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:
     """Return what writing the files takes, and quantizing where that is done as they are written."""
-    largest = max(x.weights for x in plan.linears)
-    limit = SHARD_BYTES if plan.recipe.shard_bytes is None else plan.recipe.shard_bytes or sys.maxsize
-    # a GGUF file is written piece by piece, others by the shard
-    shard = max((min(limit, plan.sizes[n]) for n, e in exporters.items() if not hasattr(e, "write")), default=0)
+    largest = max((x.weights for x in plan.quantized.values()), default=0)
+    # a GGUF file is written piece by piece, others by the tensor
+    folder = not all(hasattr(exporter, "write") for exporter in exporters.values())
+    floats = [x.weights * x.dtype.itemsize for x in plan.linears if x.grid is None]
+    kept = max([*floats, *(info.bytes for info in plan.kept.values())], default=0)
     if plan.needs != "nothing":
-        return shard + PACKING * largest
+        return max(PACKING * largest, kept)
     if len(exporters) > 1:
         layers = [sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers)]
-        return max(DIRECT * largest + int(plan.work_bytes * max(layers) / sum(layers)), shard + PACKING * largest)
-    if shard:
-        return DIRECT * largest + shard
+        return max(DIRECT * largest + int(plan.work_bytes * max(layers) / sum(layers)), kept)
+    if folder:
+        return max(DIRECT * largest, kept)
     return torch.get_num_threads() * PIECES * min(largest, PIECE)
 
 

@@ -236,7 +236,7 @@ def quantize(
     if plan.host_bytes > (host := memory.room_bytes(torch.device("cpu")) // ranks.local):
         raise PlanError(
             f"this run needs about {plan.host_bytes / 1e9:.2f} GB of the host's memory, and there are {host / 1e9:.2f} "
-            "GB. Set a smaller `max_shard_size`."
+            "GB. Use another machine."
         )
     ranks.from_first(lambda: footprint.check_disk(plan, out, folder if saves else None))
     text = None

@@ -260,8 +260,7 @@ def test_the_peak_memory_of_a_plan_counts_what_is_held_at_once(llama, calibrated
         return api.plan(llama, name, changes=changes).peak_bytes
 
     rtn = ("rtn-w4g128", "grid.group_size=32")
-    (size,) = api.plan(llama, rtn[0], changes=rtn[1:]).sizes.values()
-    assert peak(*rtn) - peak(*rtn, "max_shard_size=40kB") == size - 40_000  # a shard
+    assert peak(*rtn) == footprint.RUNTIME + footprint.DIRECT * 64 * 128  # the largest linear
     wide = 4 * VOCABULARY * 64
     assert peak("gptq-plain-w4g128", *calibrated) > footprint.RUNTIME + 2 * wide  # embedding, output matrix
 
