@@ -80,7 +80,7 @@ class GgufCheckpoint(Checkpoint):
             values = gguf_file.to_float(stored, (first, first + wanted[0]))
         else:
             values = gguf_file.to_float(stored).view(stored.shape)
-        if entry.rows is not None:
+        if entry.rows is not None and len(values) == len(entry.rows):
             values = torch.empty_like(values).index_copy_(0, entry.rows, values)
         if entry.plus_one:
             values = values - 1

@@ -1,5 +1,6 @@
 """Mutated inputs end in success or in one message: the short form of eval/fuzz.py, in this process."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -157,6 +158,18 @@ def test_what_a_gguf_file_says_of_its_size_is_held_against_its_tensors(sound, fu
     assert gguf_file.read(path).metadata["llama.block_count"] == 2**31 - 1
     with pytest.raises(LlmquantError, match="block_count is 2147483647, but there are tensors of 2 blocks"):
         open_model(path)
+
+
+def test_a_gguf_matrix_with_rows_missing_is_named(sound):
+    checkpoint = open_model(sound / "m.gguf")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = checkpoint.file.tensors
+    whole = tensors["blk.0.attn_q.weight"]
+    shorter = dataclasses.replace(whole, shape=(whole.shape[0] // 2, whole.shape[1]), bytes=whole.bytes // 2)
+    checkpoint.file = dataclasses.replace(checkpoint.file, tensors={**tensors, "blk.0.attn_q.weight": shorter})
+    assert checkpoint.infos[name].shape == whole.shape
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_q\.weight is \[\d+, 64\], but its metadata asks for"):
+        checkpoint.read(name)
 
 
 def test_a_kept_tensor_that_is_not_finite_stops_a_run_that_only_copies_it(llama, tmp_path):
