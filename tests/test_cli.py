@@ -118,7 +118,7 @@ def test_a_damaged_model_is_one_clear_message(damage, copy, command, tmp_path):
 
 
 BAD = {
-    "mistyped recipe": (["gtpq-w4g128"], "no recipe is called 'gtpq-w4g128'. Did you mean 'gptq-plain-w4g128'?"),
+    "mistyped recipe": (["gtpq-w4g128"], "no recipe is called 'gtpq-w4g128'. Did you mean 'gptq-w4g128'?"),
     "mistyped key": (["gptq-plain-w4g128", "--set", "grid.bit=3"], "grid.bit: unknown key. Did you mean 'bits'?"),
     "mistyped key above": (["gptq-plain-w4g128", "--set", "algoritm.name=rtn"], "Did you mean 'algorithm'?"),
     "wrong value": (["gptq-plain-w4g128", "--set", "grid.bits=9"], "bits is 9, not 2 to 8"),
