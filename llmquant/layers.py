@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant import calibrate, gradients, learned, plugins, work
+from llmquant import calibrate, gradients, learned, memory, plugins, work
 from llmquant import plan as planning
 from llmquant.activations import Inputs
 from llmquant.errors import CalibrationError, LlmquantError
@@ -72,6 +72,7 @@ def quantize_layers(
                 continue
             stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
         activations = stream.start(tokens, places["quantized"])
+        memory.trim()
         if plan.recipe.learned_rounding is None:  # which asks the model for batches of other sizes
             stream.drop()
         for index in range(end):
@@ -81,6 +82,7 @@ def quantize_layers(
                 _quantize_layer(plan, stream, log, index, activations, aimed, not last, skip)
             elif not last:
                 _pass_finished(plan, stream, log, index, activations, aimed)
+            memory.trim()
         if heads:
             stream.load()
         for linear in heads:
