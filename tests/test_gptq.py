@@ -356,6 +356,18 @@ def test_no_row_gets_worse_and_the_whole_gets_better(grid):
     assert torch.equal(decode(grid, q.codes, *per_column(grid, q.params)), dequantize(q))
 
 
+def test_where_only_powers_of_two_are_stored_the_neighbours_are_tried(monkeypatch):
+    w, stats = normal(64, 128, dtype=torch.float32), stats_of(hessian_of(activations(1024, 128)))
+    grid = mxfp4.Config().bind(*w.shape, torch.float32)
+    tried = gptq.quantize(w, stats, grid, gptq.Config())
+    monkeypatch.setattr(gptq, "COARSE", (1.0,))
+    fitted = gptq.quantize(w, stats, grid, gptq.Config())
+    steps = tried.params["e"].int() - fit_all(grid, w, stats.square_mean)["e"].int()
+    assert set(steps.unique().tolist()) >= {-1, 0, 1}
+    before, after = (losses(q, w, stats.hessian, None).sum() for q in (fitted, tried))
+    assert after < before
+
+
 @refined
 @pytest.mark.parametrize("sweeps", [1, 3])
 def test_further_sweeps_never_raise_the_error(config, sweeps):

@@ -52,6 +52,7 @@ from llmquant.stats import Needs, Stats
 DAMPING = 0.01
 LADDER = 10**0.5  # each further try multiplies the damping by this, up to 1
 MULTIPLES = (1.0, 0.95, 0.9)  # of a span's scales and offsets; larger ones gained nothing
+COARSE = (1.0, 0.5, 2.0)  # the same where only powers of two are stored: 0.5 % less loss on MXFP4
 
 BLOCKS = 8  # of rows that are rounded one after the other where later rows absorb the errors of earlier ones
 HELD = 128  # columns that a sweep rounds together where no span limits them
@@ -164,10 +165,19 @@ class _Columns:
         first = of_span.mean(1).argsort(descending=True, stable=True)
         return first, of_span.argsort(dim=1, descending=True, stable=True)
 
+    @cached_property
+    def multiples(self) -> tuple[float, ...]:
+        """Those that are tried of a span's scales: where the grid is too coarse to tell some apart, powers of two."""
+        if self.grid.shared:
+            return MULTIPLES if isinstance(self.grid, NestedGrid) else MULTIPLES[:1]
+        scale = torch.tensor(MULTIPLES)[:, None].repeat(1, self.grid.span // self.grid.group)
+        stored, _ = self.grid.levels(self.grid.store(scale, torch.zeros_like(scale)))
+        return MULTIPLES if len(stored.unique(dim=0)) == len(MULTIPLES) else COARSE
+
     @property
     def searched(self) -> bool:
         """Whether the columns are visited a second time."""
-        return self.config.scale_search and _searchable(self.grid) and self.grid.span < len(self.given)
+        return self.config.scale_search and len(self.multiples) > 1 and self.grid.span < len(self.given)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, Int64[Tensor, " width"]]]:
@@ -339,7 +349,7 @@ def _by_spans(w: Float[Tensor, "rows cols"], columns: _Columns) -> QuantizedTens
         start, stop = place * grid.span, (place + 1) * grid.span
         block = factor[start:stop, start:stop].contiguous()
         given = {name: value[:, span] for name, value in fitted.items()}
-        trial = _search(w_t[start:stop], inside[span], block, grid, given)
+        trial = _search(w_t[start:stop], inside[span], block, grid, given, columns.multiples)
         codes[:, order[start:stop]] = trial.codes.T
         for name, value in trial.params.items():
             params[name][:, span] = value
@@ -361,7 +371,7 @@ def _swept(w: Float[Tensor, "rows cols"], q: QuantizedTensor, columns: _Columns)
             at = block.start // grid.span
             given = {name: value[:, at] for name, value in params.items()}
             inside = order + block.start % grid.span
-            trial = _search(target, inside, factor, grid, given)
+            trial = _search(target, inside, factor, grid, given, columns.multiples)
             better = trial.error.square().sum(0) < away.square().sum(0)
             here = torch.arange(block.start, block.stop, device=w.device)[order]
             codes[here] = torch.where(better, trial.codes, codes[here])
@@ -386,31 +396,34 @@ def _search(
     factor: Float[Tensor, "span span"],
     grid: Grid,
     given: Params,
+    multiples: Sequence[float],
 ) -> _Trial:
-    """Return the span rounded with feedback at that multiple of the given scales which costs each row least."""
-    best: _Trial | None = None
-    for multiple in MULTIPLES if _searchable(grid) else MULTIPLES[:1]:
-        params = given
-        if multiple != 1:
-            wished = [value * multiple for value in grid.levels(given)]
-            params = grid.store_beside(given, *wished) if isinstance(grid, NestedGrid) else grid.store(*wished)
-        trial = _rounded(w_t, order, factor, grid, params)
-        if best is None:
-            best = trial
-            continue
-        better = trial.error.square().sum(0) < best.error.square().sum(0)
-        best = _Trial(
-            torch.where(better, trial.codes, best.codes),
-            torch.where(better, trial.error, best.error),
-            {name: torch.where(better[:, None], value, best.params[name]) for name, value in params.items()},
-        )
-    assert best is not None
+    """Return the span rounded with feedback at that multiple of the given scales which costs each row least.
+
+    multiples: the first is 1.
+    """
+    best = _rounded(w_t, order, factor, grid, given)
+    for multiple in multiples[1:]:
+        params = _stored(grid, given, *(value * multiple for value in grid.levels(given)))
+        best = _better(best, _rounded(w_t, order, factor, grid, params))
     return best
 
 
-def _searchable(grid: Grid) -> bool:
-    """Whether a span's scales can change without those of others."""
-    return not grid.shared or isinstance(grid, NestedGrid)
+def _stored(
+    grid: Grid, given: Params, scale: Float[Tensor, "rows groups"], offset: Float[Tensor, "rows groups"]
+) -> Params:
+    """Return the parameters of a span for wished-for scales and offsets; what spans share stays as it is given."""
+    return grid.store_beside(given, scale, offset) if isinstance(grid, NestedGrid) else grid.store(scale, offset)
+
+
+def _better(best: _Trial, trial: _Trial) -> _Trial:
+    """Return of each row the trial with the smaller loss."""
+    better = trial.error.square().sum(0) < best.error.square().sum(0)
+    return _Trial(
+        torch.where(better, trial.codes, best.codes),
+        torch.where(better, trial.error, best.error),
+        {name: torch.where(better[:, None], value, best.params[name]) for name, value in trial.params.items()},
+    )
 
 
 def _rounded(
