@@ -465,7 +465,11 @@ def _joined(
     parts = [part for part, _ in found if part is not None]
     device = rounded[0].device
     params = {n: torch.cat([part.params[n] for part in parts]).to(device) for n in parts[0].params}
-    q = replace(parts[0], codes=torch.cat([part.codes for part in parts]).to(device), params=params)
+    record = {  # of numbers the largest: ranks may have damped differently
+        name: max(part.record[name] for part in parts) if isinstance(value, int | float) else value
+        for name, value in parts[0].record.items()
+    }
+    q = replace(parts[0], codes=torch.cat([part.codes for part in parts]).to(device), params=params, record=record)
     return q, rounded, list(torch.stack([sums for _, sums in found]).sum(0))
 
 

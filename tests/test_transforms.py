@@ -145,6 +145,16 @@ def test_awq_never_makes_a_site_worse(algorithm):
         assert true_error(view.scaled(factors), x / factors) <= true_error(view, x) * (1 + 1e-5)
 
 
+def test_awq_rounds_nothing_to_compare_no_scaling_with_itself(monkeypatch):
+    x = torch.randn(TOKENS, COLS, generator=torch.Generator().manual_seed(0))
+    view = site(torch.randn(24, COLS, generator=torch.Generator().manual_seed(9)), algorithm=gptq, x=x)
+    monkeypatch.setattr(SiteView, "rounding_loss", lambda self, costs, factors=None: 1.0)  # no candidate wins
+    monkeypatch.setattr(SiteView, "error", lambda self: pytest.fail("rounded"))
+    found = awq.search(view, awq.Config())
+    assert torch.equal(found.factors, torch.ones(COLS))
+    assert found.record == {"exponent": 0.0, "duo": False, "loss": 1.0}
+
+
 @transforms
 def test_columns_that_share_a_producer_get_the_same_scale(name):
     module = plugins.load("transforms", name, "here")

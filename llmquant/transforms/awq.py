@@ -71,7 +71,7 @@ def search(site: SiteView, config: Config) -> Scales:
             nearest, since = (loss, 0) if loss < nearest else (nearest, since + 1)
             if since == PATIENCE:
                 break
-    if site.scaled(best.factors).error() > site.error():
+    if bool((best.factors != 1).any()) and site.scaled(best.factors).error() > site.error():
         best, lowest = Scales(torch.ones_like(best.factors), {"exponent": 0.0, "duo": False}), unscaled
     return Scales(best.factors, {**best.record, "loss": round(lowest / max(unscaled, 1e-30), 6)})
 
