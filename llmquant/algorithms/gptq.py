@@ -172,7 +172,7 @@ class _Columns:
             return MULTIPLES if isinstance(self.grid, NestedGrid) else MULTIPLES[:1]
         scale = torch.tensor(MULTIPLES)[:, None].repeat(1, self.grid.span // self.grid.group)
         stored, _ = self.grid.levels(self.grid.store(scale, torch.zeros_like(scale)))
-        return MULTIPLES if len(stored.unique(dim=0)) == len(MULTIPLES) else COARSE
+        return MULTIPLES if len(torch.unique(stored, dim=0)) == len(MULTIPLES) else COARSE
 
     @property
     def searched(self) -> bool:
