@@ -73,6 +73,7 @@ OPTIONS = {
     "static_groups": ["algorithm.static_groups=true"],
     "scale_search": ["algorithm.scale_search=true"],
     **{f"sweeps {n}": [f"algorithm.sweeps={n}"] for n in (1, 2)},
+    "refit": ["algorithm.scale_search=true", "algorithm.sweeps=1", "algorithm.refit=true"],  # a part of these two
     "two_sided": ["algorithm.two_sided=true"],
     "mismatch_correction": ["mismatch_correction=true"],
     "awq": ["transforms=[{name: awq, clip: false}]"],

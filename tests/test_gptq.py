@@ -6,7 +6,7 @@ import torch
 from llmquant.algorithms import gptq, rtn
 from llmquant.errors import CalibrationError
 from llmquant.grid import decode, dequantize, fit_all, per_column
-from llmquant.grids import affine, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k
+from llmquant.grids import affine, mxfp4, nf4, q2_k, q3_k, q4_0, q4_1, q4_k
 from llmquant.stats import Stats
 
 ONE_PASS = gptq.Config(scale_search=False, sweeps=0)
@@ -19,6 +19,7 @@ REFINED = {
     "scale_search": gptq.Config(actorder=True, scale_search=True, sweeps=0),
     "sweeps": gptq.Config(scale_search=False, sweeps=2),
     "both": gptq.Config(actorder=True, scale_search=True, sweeps=2),
+    "refit": gptq.Config(refit=True),
 }
 ALL = OPTIONS | REFINED
 refined = pytest.mark.parametrize("config", REFINED.values(), ids=REFINED)
@@ -341,12 +342,12 @@ GRIDS = {
 } | {g.__name__.rpartition(".")[2]: g.Config() for g in (mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k)}
 
 
+@pytest.mark.parametrize("config", [REFINED["both"], REFINED["refit"]], ids=["both", "refit"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_no_row_gets_worse_and_the_whole_gets_better(grid):
-    config = REFINED["both"]
+def test_no_row_gets_worse_and_the_whole_gets_better(grid, config):
     w, hessian = normal(4, 512, dtype=torch.float32), hessian_of(activations(1024, 512))
     grid = grid.bind(*w.shape, torch.float32)
-    single = replace(config, scale_search=False, sweeps=0)
+    single = replace(config, scale_search=False, sweeps=0, refit=False)
     before = losses(gptq.quantize(w, stats_of(hessian), grid, single), w, hessian, config)
     q = gptq.quantize(w, stats_of(hessian), grid, config)
     after = losses(q, w, hessian, config)
@@ -378,6 +379,59 @@ def test_further_sweeps_never_raise_the_error(config, sweeps):
         for n in (sweeps, sweeps + 1)
     )
     assert (more <= few * (1 + 1e-9)).all()
+
+
+def test_refitted_multiples_are_those_of_a_plain_least_squares_solver():
+    groups, size, rows = 3, 8, 5
+    parts, left = normal(2, groups * size, rows), normal(groups * size, rows, seed=1)
+    parts[:, :size, 2] = 0  # a group of zeros: nothing to refit
+    hessian = damped(hessian_of(activations(64, groups * size)))
+    change = gptq.least_squares(parts, left, hessian, size)
+    root = torch.linalg.cholesky(hessian).T
+    for row in range(rows):
+        columns = torch.zeros(groups * size, groups, 2, dtype=torch.float64)
+        for group in range(groups):
+            own = slice(group * size, (group + 1) * size)
+            columns[own, group] = parts[:, own, row].T
+        best = torch.linalg.lstsq(root @ columns.flatten(1), root @ left[:, row], driver="gelsd").solution
+        torch.testing.assert_close(change[:, row].T, best.view(groups, 2), rtol=1e-3, atol=1e-4)
+
+
+REFITTED = {name: grid for name, grid in GRIDS.items() if name not in ("tensor", "mxfp4")} | {"nf4": nf4.Config()}
+
+
+@pytest.mark.parametrize("grid", REFITTED.values(), ids=REFITTED)
+def test_refitted_scales_lower_the_error_of_most_rows(grid):
+    w, stats = normal(48, 512, dtype=torch.float32), stats_of(hessian_of(activations(1024, 512)))
+    grid = grid.bind(*w.shape, torch.float32)
+    config = gptq.Config(sweeps=1)
+    before, after = (
+        losses(gptq.quantize(w, stats, grid, c), w, stats.hessian, c) for c in (config, replace(config, refit=True))
+    )
+    assert (after < before).float().mean() > 0.8
+    assert after.sum() < 0.99 * before.sum()
+
+
+@pytest.mark.parametrize("grid", [affine.Config(3, strategy="tensor"), mxfp4.Config()], ids=["tensor", "mxfp4"])
+def test_scales_that_cannot_follow_are_not_refitted(grid):
+    w, stats = normal(8, 64), stats_of(hessian_of(activations(64, 64)))
+    grid = grid.bind(*w.shape, torch.float32)
+    with_it, without = (gptq.quantize(w, stats, grid, gptq.Config(refit=value)) for value in (True, False))
+    assert torch.equal(with_it.codes, without.codes)
+    assert all(torch.equal(value, without.params[name]) for name, value in with_it.params.items())
+
+
+def test_nothing_is_refitted_unless_it_is_asked_for(monkeypatch):
+    w, stats = normal(8, 32), stats_of(hessian_of(activations(64, 32)))
+    monkeypatch.setattr(gptq, "least_squares", lambda *_: pytest.fail("refitted"))
+    gptq.quantize(w, stats, grid_for(w), gptq.Config(sweeps=2))
+    with pytest.raises(pytest.fail.Exception, match="refitted"):
+        gptq.quantize(w, stats, grid_for(w), gptq.Config(sweeps=2, refit=True))
+
+
+def test_a_refit_without_anything_to_go_on_from_is_refused():
+    with pytest.raises(ValueError, match="scale_search and of sweeps"):
+        gptq.Config(scale_search=False, sweeps=0, refit=True)
 
 
 def test_one_set_of_parameters_for_all_rows_is_kept():
