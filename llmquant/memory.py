@@ -21,8 +21,10 @@ def reset_peak() -> None:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where its C library keeps it (glibc): else pieces of it add up to more with
-    every layer, by up to a quarter of the peak."""
+    """Give freed memory back to the system, where its C library keeps it (glibc).
+
+    Else the pieces add up: without it around every site, the peak grew by a fifth from 8 layers to 32.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

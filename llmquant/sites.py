@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from llmquant import activations as activation_ranges
-from llmquant import calibrate, mismatch, noise, plugins
+from llmquant import calibrate, memory, mismatch, noise, plugins
 from llmquant.activations import Inputs
 from llmquant.checkpoint import check_finite
 from llmquant.errors import CalibrationError, FormatError, LlmquantError, NumericsError
@@ -229,10 +229,12 @@ class Layer:
         if plan.recipe.bias_correction:
             aimed = [w.float() @ _aimed_mean(stats) for w in weights]
         information = {x.name: self.outputs.get(information_of(plan.spec, site, local_name(plan, x))) for x in linears}
+        memory.trim()
         try:
             quantized, told, targets = quantize_together(
                 linears, weights, stats, plan.recipe.rewrites, uncut, information, self.stream.ranks
             )
+            memory.trim()
             if self.skip:
                 check_packable(plan, quantized)
         except GIVEN_UP as error:
