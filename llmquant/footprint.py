@@ -32,13 +32,13 @@ PACKING = 3
 # For each element of the square of a site's columns:
 SUMS = 8  # a Hessian while it is summed
 HESSIAN = 4
-FACTORS = 44  # a Hessian; GPTQ's factors of it, and what they are computed in
+FACTORS = 28  # a Hessian; GPTQ's factors of it, and what they are computed in
 FACTORED = 16  # the same while rows are rounded
 EXPERT = 2  # Hessians of all tokens beside those of an expert's own
 CORRECTION = 20  # what a mismatch needs beside the Hessian
 MARGIN = 0.8  # of the room, that a faster placement may fill: a peak has been a sixth higher than foretold
 # For each token and column, of what a layer computes in a batch:
-FORWARD = 4
+FORWARD = 2.5
 BACKWARD = 25
 
 
@@ -174,7 +174,7 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     sites = _sites(plan)
     cols = [site.cols for site in sites]
     width = 4 * hidden + 3 * max(cols)  # what a layer computes of a token
-    forward = FORWARD * text.batch * width * element // 4
+    forward = int(FORWARD * text.batch * width * element / 4)
     hessian = plan.needs in ("hessian", "fisher")
     # all of the layer's Hessians at a time where a fold is searched, or where the sites do not wait for each other
     squares = sum(site.cols**2 for site in sites if not site.expert) if hessian else 0
