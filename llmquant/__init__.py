@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 __version__ = version("llmquant")
-__all__ = ["compare", "evaluate", "quantize"]
+__all__ = ["compare", "evaluate", "quantize", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -27,6 +27,7 @@ from llmquant import sensitivity as sensitivities
 from llmquant import work as work_folders
 from llmquant.budget import Budgeted
 from llmquant.checkpoint import Digest, check_output, locate, read_json
+from llmquant.distillation import Training
 from llmquant.errors import CheckpointError, DataError, OutputError, RecipeError
 from llmquant.evaluation import Reference, Row
 from llmquant.files import held, write_json, write_text
@@ -141,6 +142,23 @@ def quantize(
         options = (on_error, verify, _bytes(memory), together)
         report, held_out = _run(model, chosen, out, work, device, restart, trust_remote_code, progress, *options)
         return together.from_first(lambda: evaluated(report, given or (held_out if evaluate else None)))
+
+
+def train(
+    model: str | Path, recipe: str | Path | Recipe, out: str | Path, *, changes: Iterable[str] = (), **options: Any
+) -> Report:
+    """Quantize a model by a recipe, train it to predict what the float model does, and write it.
+
+    changes: as for ``quantize``; "training.steps=1000" and the like for the training (``llmquant.distillation``). A
+    recipe that says nothing of training gets the usual settings. options: those of ``quantize``, which does the same
+    for a recipe with ``training``.
+
+    >>> train("org/model", "gptq-w2g64", "out", changes=["calibration.path=text.txt"])  # doctest: +SKIP
+    """
+    chosen = _recipe(recipe, changes)
+    if chosen.training is None:
+        chosen = chosen.model_copy(update={"training": Training()})
+    return quantize(model, chosen, out, **options)
 
 
 def compare(

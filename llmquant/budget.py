@@ -81,7 +81,7 @@ def fill(
             + (f"; {missing[0][0]} was not measured on {missing[0][1]}" if missing else "")
             + ". Run `llmquant sensitivity` with this model and recipe to its end."
         )
-    _check_same(found, run.fingerprint(stream.checkpoint, own, None))
+    _check_same(found, run.fingerprint(stream.checkpoint, own, None, None))
     exporter = plugins.load("exporters", format_, "formats")
     plans = {grid: run.with_files(run.plan_for(stream, uniform(recipe, units, grid)), stream) for grid in grids}
     sizes = {

@@ -224,27 +224,55 @@ def quantize(
             trust_remote_code=trust,
             progress=tell,
         )
-    from llmquant import report as reports
-    from llmquant.evaluation import Row
+    _end(report, facts, not no_eval)
 
-    if report.resumed_layers:
-        out.print(f"{report.resumed_layers} finished layers were taken from the work folder.")
-    for note in report.notes:
-        out.print(f"note: {escape(note)}")
-    for line in reports.allocation_lines(report):
-        out.print(escape(line), soft_wrap=True)
-    if report.evaluation:
-        _show([Row(**row) for row in report.evaluation])
-    elif not no_eval:
-        out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
-    for name, errors in report.residual_errors.items():
-        out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
-    for name, target in report.outputs.items():
-        out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
-    if not RANK:
-        _write(facts, report.as_dict())
-    if report.given_up and not RANK:
-        raise typer.Exit(LEFT_FLOAT)
+
+@app.command()
+def train(
+    model: Model,
+    recipe: RecipeName,
+    folder: OutFolder,
+    work: Annotated[Path | None, typer.Option(help="Keep the finished layers here, for `llmquant export`.")] = None,
+    formats: Formats = [],
+    changes: Changes = [],
+    steps: Annotated[int | None, typer.Option(help="How many steps (default: the recipe's, or 500).", min=1)] = None,
+    device: Device = "auto",
+    text: Text = None,
+    protocol: ProtocolName = "llama.cpp",
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew in a used work folder.")] = False,
+    memory: Memory = None,
+    no_verify: NoVerify = False,
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Quantize a model, and train it to predict what the float model does: for 2 and 3 bits. Needs memory for both.
+
+    The same command after a crash goes on where it stopped. Without --text, what is measured at the end is text that
+    was neither trained on nor used to choose the best step. Exit codes: those of `llmquant quantize`.
+
+    Example: llmquant train org/model gptq-w2g64 --out out --set calibration.path=text.txt
+    """
+    from llmquant import api
+
+    changes = _with(changes, formats, False, [])
+    changes += [] if steps is None else [f"training.steps={steps}"]
+    with _progress() as tell:
+        report = api.train(
+            model,
+            recipe,
+            folder,
+            changes=changes,
+            work=work,
+            device=device,
+            text=text,
+            protocol=protocol,
+            restart=restart,
+            memory=memory,
+            verify=not no_verify,
+            trust_remote_code=trust,
+            progress=tell,
+        )
+    _end(report, facts)
 
 
 @app.command()
@@ -531,6 +559,37 @@ def _with(changes: list[str], formats: list[str], pure: bool = False, tensor_typ
     return [*changes, *more]
 
 
+def _end(report: run.Report, facts: Path | None, evaluated: bool = True) -> None:
+    """Print what a run has done; exit with ``LEFT_FLOAT`` where it left linears float."""
+    from llmquant import report as reports
+    from llmquant.evaluation import Row
+
+    if report.resumed_layers:
+        out.print(f"{report.resumed_layers} finished layers were taken from the work folder.")
+    for note in report.notes:
+        out.print(f"note: {escape(note)}")
+    for line in reports.allocation_lines(report):
+        out.print(escape(line), soft_wrap=True)
+    if report.evaluation:
+        _show([Row(**row) for row in report.evaluation])
+    elif evaluated:
+        out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
+    if report.training:
+        held_out = report.training["held_out"]
+        out.print(
+            f"trained {report.training['step']} steps: KLD on held-out text {held_out[0][1]:.5f} before, "
+            f"{report.training['best']:.5f} at the best step"
+        )
+    for name, errors in report.residual_errors.items():
+        out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
+    for name, target in report.outputs.items():
+        out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
+    if not RANK:
+        _write(facts, report.as_dict())
+    if report.given_up and not RANK:
+        raise typer.Exit(LEFT_FLOAT)
+
+
 @contextmanager
 def _progress(again: bool = True) -> Iterator[Tell]:
     """Show a bar for what is being done, on a terminal; nothing elsewhere.
@@ -550,9 +609,10 @@ def _progress(again: bool = True) -> Iterator[Tell]:
         def tell(what: str, done: int, total: int) -> None:
             nonlocal doing, at
             at = done
-            if what != doing:
-                bars.reset(task, description=what, total=total)
-                doing = what
+            if what.partition(":")[0] != doing.partition(":")[0]:
+                bars.reset(task, total=total)
+            bars.update(task, description=what)
+            doing = what
             bars.update(task, completed=done, total=total)
 
         try:
@@ -570,6 +630,8 @@ def _how_to_go_on(doing: str, done: int, again: bool) -> str:
         return "What is finished stays as it is, but the same command needs another --out."
     if doing == "quantizing layers":
         return f"Finished layers are kept; the same command goes on from layer {done}."
+    if doing.startswith("training"):
+        return "The same command goes on from at most a minute before."
     if doing.startswith(("evaluating", "scoring", "residual")):
         return "What was quantized is complete, and `llmquant eval` can measure it."
     return "Nothing is half-written; the same command goes on with what is finished."

@@ -6,6 +6,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,6 +143,48 @@ def calibration_tokens(
     A streamed dataset is read until it has given ``SPARE`` times as many as are
     asked for. Raises DataError when there are too few.
     """
+    found, use_bos, total = _sequences(source, tokenizer, context, SPARE * source.sequences)
+    if len(found) < source.sequences:
+        length = found.shape[1]
+        raise DataError(
+            f"{source.label}: gives {total} tokens, that is {len(found)} sequences of {length}; "
+            f"{source.sequences} are asked for. Give more text"
+            + (f", or --set calibration.sequences={len(found)}" if len(found) else "")
+            + (f", or --set calibration.length={total // source.sequences}" if total >= 16 * source.sequences else "")
+            + "."
+        )
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
+    chosen = found[order[: source.sequences + held_out]]
+    return _described(source, chosen[: source.sequences], chosen[source.sequences :], len(found), use_bos)
+
+
+def training_tokens(source: Calibration, tokenizer: Any, context: int, tokens: int) -> CalibrationTokens:
+    """Return all sequences of equal length that a text gives but those held out, in the order of the text.
+
+    source: how many sequences it says does not matter. tokens: more than these are not read of a stream. Held out are
+    two times ``HELD_OUT`` sequences from all over the text, or a quarter of a short one. Raises DataError when there
+    are too few.
+    """
+    length = source.length or min(context, 2048)
+    found, use_bos, total = _sequences(source, tokenizer, context, math.ceil(tokens / length) + 2 * HELD_OUT)
+    if len(found) < 8:
+        raise DataError(
+            f"{source.label}: gives {total} tokens, that is {len(found)} sequences of {length}, and training needs 8. "
+            "Give more text, or a smaller calibration.length"
+        )
+    count = min(2 * HELD_OUT, len(found) // 4)
+    held_out = torch.zeros(len(found), dtype=torch.bool)
+    held_out[torch.linspace(0, len(found) - 1, count).long()] = True
+    return _described(source, found[~held_out], found[held_out], len(found), use_bos)
+
+
+def _sequences(
+    source: Calibration, tokenizer: Any, context: int, enough: int
+) -> tuple[Int[Tensor, "sequences length"], bool, int]:
+    """Return all sequences of equal length that a text gives, whether each begins with BOS, and the count of tokens.
+
+    enough: of a streamed dataset only so many are read.
+    """
     length = source.length or min(context, 2048)
     if length > context:
         raise DataError(f"calibration.length is {length}, but the model takes at most {context} tokens")
@@ -151,7 +194,6 @@ def calibration_tokens(
     if use_bos and bos is None:
         raise DataError("calibration.bos is true, but the tokenizer has no BOS token")
     payload = length - use_bos
-    enough = None if source.path else SPARE * source.sequences * payload
     cut: list[int] = []  # whole sequences, one after the other
     rest: list[int] = []
     total = 0
@@ -164,24 +206,19 @@ def calibration_tokens(
         whole = len(rest) // payload * payload
         cut += rest[:whole]
         del rest[:whole]
-        if enough and len(cut) >= enough:
+        if not source.path and len(cut) >= enough * payload:
             break
     found = torch.tensor(cut, dtype=torch.int64).view(-1, payload)
-    if len(found) < source.sequences:
-        raise DataError(
-            f"{source.label}: gives {total} tokens, that is {len(found)} sequences of {length}; "
-            f"{source.sequences} are asked for. Give more text"
-            + (f", or --set calibration.sequences={len(found)}" if len(found) else "")
-            + (f", or --set calibration.length={total // source.sequences}" if total >= 16 * source.sequences else "")
-            + "."
-        )
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
-    chosen = found[order[: source.sequences + held_out]]
     if use_bos:
-        chosen = torch.cat([torch.full((len(chosen), 1), bos, dtype=torch.int64), chosen], dim=1)
-    tokens, others = chosen[: source.sequences], chosen[source.sequences :]
+        found = torch.cat([torch.full((len(found), 1), bos, dtype=torch.int64), found], dim=1)
+    return found, use_bos, total
+
+
+def _described(
+    source: Calibration, tokens: Tensor, held_out: Tensor, available: int, use_bos: bool
+) -> CalibrationTokens:
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationTokens(tokens, others, source.label, len(found), use_bos, digest)
+    return CalibrationTokens(tokens, held_out, source.label, available, use_bos, digest)
 
 
 def held_out_windows(text: CalibrationTokens) -> protocols.Windows | None:

@@ -63,7 +63,7 @@ def _layer(plan: Plan, index: int, text: Text) -> float:
         passes += len(sites) / 2
     some = min(text.aimed, text.tokens)
     count = passes * PASS * text.tokens * (weights + squares / passes)
-    if recipe.mismatch_correction or recipe.learned_rounding is not None:
+    if recipe.mismatch_correction or recipe.tunes_layers:
         count += passes * PASS * some * (weights + 2 * squares / passes)
     if recipe.folds:
         count += PASS * some * (weights + squares)

@@ -146,7 +146,7 @@ def _scratch(plan: Plan, computing: Computing, text: Text, placement: Placement)
     recipe, hidden = plan.recipe, computing.hidden
     batches = 0
     if placement == "files":
-        along = recipe.mismatch_correction or recipe.learned_rounding is not None
+        along = recipe.mismatch_correction or recipe.tunes_layers
         read = text.gradients * (plan.layers + 1) if plan.needs == "fisher" else 0
         batches = computing.element * hidden * (text.tokens + along * text.aimed + read) * text.ranks
     information = 0
@@ -169,7 +169,7 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     outside = element * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
     outside += element * sum(x.weights for x in plan.of_layer(None))
     layer = element * max(sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers))
-    along = recipe.mismatch_correction or recipe.learned_rounding is not None
+    along = recipe.mismatch_correction or recipe.tunes_layers
     held = 0 if placement == "files" else element * hidden * (text.tokens + along * text.aimed)
     sites = _sites(plan)
     cols = [site.cols for site in sites]
@@ -202,7 +202,7 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     base = 0 if computing.gpu else RUNTIME + CALIBRATING
     found = {
         "start": base + outside + held + forward,
-        "layers": base + layers + outside * (recipe.learned_rounding is not None),
+        "layers": base + layers + outside * recipe.tunes_layers,
     }
     if not computing.gpu:
         found["writing"] = base + writing

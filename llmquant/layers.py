@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant import calibrate, gradients, learned, memory, plugins, work
+from llmquant import calibrate, gradients, learned, memory, plugins, training, work
 from llmquant import plan as planning
 from llmquant.activations import Inputs
+from llmquant.distillation import Training
 from llmquant.errors import CalibrationError, LlmquantError
 from llmquant.experts import Reader, Routed
 from llmquant.grid import dequantize
@@ -61,7 +62,7 @@ def quantize_layers(
     stream.load()
     with log.scratch() as folder:
         places = {name: folder / name if plan.placement == "files" else None for name in ("float", "quantized", "all")}
-        along = plan.recipe.mismatch_correction or plan.recipe.learned_rounding is not None
+        along = plan.recipe.mismatch_correction or plan.recipe.tunes_layers
         aimed = stream.start(tokens, places["float"], enough_for(plan.linears)) if along else None
         information = _keep_information(plan, stream, log, tokens, places["all"])
         for linear in lookups:
@@ -73,7 +74,7 @@ def quantize_layers(
             stream.set_embedding(dequantize(log.load(linear)), also_head=not plan.untie)
         activations = stream.start(tokens, places["quantized"])
         memory.trim()
-        if plan.recipe.learned_rounding is None:  # which asks the model for batches of other sizes
+        if not plan.recipe.tunes_layers:  # which asks the model for batches of other sizes
             stream.drop()
         for index in range(end):
             progress("quantizing layers", index, plan.layers)
@@ -135,14 +136,14 @@ def _quantize_layer(
             if goal is not None:
                 goal.scales = scales
         with_goal = goal if plan.recipe.mismatch_correction else None
-        learns = plan.recipe.learned_rounding is not None
+        tunes = plan.recipe.tunes_layers
         rounded = Layer(plan, stream, layer, index, activations, with_goal, outputs, skip)
-        done = rounded.quantize(go_on and not learns)
-        if learns:
+        done = rounded.quantize(go_on and not tunes)
+        if tunes:
             assert goal is not None
             assert known is not None
             stream.run(goal.layer, index, goal.activations)
-            _learn(plan, stream, layer, index, activations, goal, known, done)
+            _tune(plan, stream, layer, index, activations, goal, known, done)
             stream.run(layer, index, activations)
         records = {name: record | told.get(name, {}) for name, record in done.records.items()}
         log.save(index, done.linears, records, floats | done.biases | done.floats, done.given_up)
@@ -167,7 +168,7 @@ def _save_outside(plan: Plan, log: work.Work, linear: Linear, weight: Tensor, st
     log.save(linear.part, done, records)
 
 
-def _learn(
+def _tune(
     plan: Plan,
     stream: Stream,
     layer: nn.Module,
@@ -177,23 +178,33 @@ def _learn(
     known: gradients.LayerInformation,
     done: Quantized,
 ) -> None:
-    """Give a layer's linears learned codes. The activations of ``goal`` are the layer's outputs already."""
-    assert plan.recipe.learned_rounding is not None
+    """Tune a layer's linears, as the recipe says. The activations of ``goal`` are the layer's outputs already."""
     linears = {local_name(plan, x): x for x in plan.of_layer(index) if x.name in done.linears}
+    before = {local: done.linears[x.name] for local, x in linears.items()}
+    changing: learned.Steps
+    settings: learned.LearnedRounding | Training
+    if plan.recipe.learned_rounding is not None:
+        settings = plan.recipe.learned_rounding
+        changing = learned.SignSteps(before, {local: done.targets[x.name] for local, x in linears.items()}, settings)
+    else:
+        assert plan.recipe.training is not None
+        settings = plan.recipe.training
+        changing = training.AdamSteps(before, settings)
     tuned, told = learned.tune(
         layer,
-        {local: done.linears[x.name] for local, x in linears.items()},
-        {local: done.targets[x.name] for local, x in linears.items()},
+        before,
+        changing,
         torch.cat([activations[i] for i in range(len(goal.activations))]),
         torch.cat(list(goal.activations)),
         stream.caller(activations, index),
         known.layer,
-        plan.recipe.learned_rounding,
+        settings.steps,
+        settings.tokens,
     )
     for local, linear in linears.items():
         put(layer, plan, linear, tuned[local], {})
         done.linears[linear.name] = tuned[local]
-        done.records[linear.name]["learned"] = told
+        done.records[linear.name]["tuned"] = told
 
 
 def lookup_stats(

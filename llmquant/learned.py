@@ -1,6 +1,6 @@
-"""Learned rounding: tune the codes of a whole decoder layer on the error of its own output.
+"""Tune the quantized linears of a whole decoder layer on the error of its own output.
 
-Source: SignRound, Cheng et al. 2023, https://arxiv.org/abs/2309.05516: every weight
+Learned rounding changes codes. Source: SignRound, Cheng et al. 2023, https://arxiv.org/abs/2309.05516: every weight
 has a place on the axis of the codes, the layer is computed with the codes that are
 nearest, and the places take steps by the sign of the gradient, as if the rounding
 were not there.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -80,20 +80,62 @@ class _Linear:
         self.place -= rate * gradient.sign() * self.scale.sign()
 
 
+class SignSteps:
+    """SignRound's steps for the linears of a layer."""
+
+    def __init__(
+        self,
+        done: Mapping[str, QuantizedTensor],
+        targets: Mapping[str, Float[Tensor, "_rows _cols"]],
+        settings: LearnedRounding,
+    ) -> None:
+        """done, targets: by name within the layer: as they were quantized, and the weights that were rounded."""
+        self._linears = {name: _Linear.of(q, targets[name]) for name, q in done.items()}
+        self._rate = settings.rate
+        self._weights: dict[str, Tensor] = {}
+
+    def weights(self) -> dict[str, Tensor]:
+        self._weights = {name: x.weight().requires_grad_() for name, x in self._linears.items()}
+        return self._weights
+
+    def step(self, share: float) -> None:
+        for name, linear in self._linears.items():
+            gradient = self._weights[name].grad
+            if gradient is not None:
+                linear.move(gradient, share * self._rate)
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        return {name: replace(x.q, codes=x.codes()) for name, x in self._linears.items()}
+
+
+class Steps(Protocol):
+    """How the linears of a layer are changed, by their names within it."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what each computes with now; a loss may be pulled back from there."""
+
+    def step(self, share: float) -> None:
+        """Take a step by the gradients that a loss has left, at a share of the highest rate."""
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """Return what is to be stored of them now."""
+
+
 def tune(
     layer: nn.Module,
     done: Mapping[str, QuantizedTensor],
-    targets: Mapping[str, Float[Tensor, "_rows _cols"]],
+    changing: Steps,
     read: Float[Tensor, "sequences time hidden"],
     wanted: Float[Tensor, "sequences time hidden"],
     call: Callable[[Tensor], Call],
     metric: Float[Tensor, "hidden hidden"],
-    config: LearnedRounding,
+    steps: int,
+    tokens: int,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-    """Return the linears of a layer with tuned codes, and what a report should tell.
+    """Return the linears of a layer as they were best on sequences held out, and what a report should tell.
 
-    done, targets: by name within the layer: as they were quantized, and the weights that were rounded.
-    read: by the layer. wanted: what it should give for it. call: its other arguments for some sequences.
+    done: by name within the layer: as they were quantized. read: by the layer. wanted: what it should give for it.
+    call: its other arguments for some sequences. tokens: of a step.
     metric: how much the model minds an error of the output, as a share of the output's size.
 
     Raises CalibrationError where there are no sequences to hold out.
@@ -101,49 +143,47 @@ def tune(
     held = torch.arange(len(read)) % HELD_OUT == HELD_OUT - 1
     if not held.any():
         raise CalibrationError(
-            f"learned_rounding: needs {HELD_OUT} sequences that the float model computes, one of them to judge by, and "
+            f"tuning a layer needs {HELD_OUT} sequences that the float model computes, one of them to judge by, and "
             f"there are {len(read)}. Set calibration.sequences, or a smaller calibration.length"
         )
-    linears = {name: _Linear.of(q, targets[name]) for name, q in done.items()}
     values, directions = torch.linalg.eigh(metric.double())
     root = (directions * values.clamp(min=0).sqrt()).to(read.device, torch.float32)
-    at_once = max(config.tokens // read.shape[1], 1)
+    at_once = max(tokens // read.shape[1], 1)
 
     def error(x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         args, kwargs = call(x)
-        given = {f"{n}.weight": w.T if isinstance(layer.get_submodule(n), Conv1D) else w for n, w in weights.items()}
+        turned = {n: w.T if isinstance(layer.get_submodule(n), Conv1D) else w for n, w in weights.items()}
+        given = {f"{n}.weight": w.to(read.dtype) for n, w in turned.items()}
         out = torch.func.functional_call(layer, given, (x, *args), kwargs)
         out = out[0] if isinstance(out, tuple) else out
         size = y.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
         wrong: Tensor = (((out.float() - y.float()) / size) @ root).square().sum(-1).mean()
         return wrong
 
-    def judged() -> float:
-        weights = {name: x.weight().to(read.dtype) for name, x in linears.items()}
+    def judged(now: Mapping[str, QuantizedTensor]) -> float:
+        weights = {name: dequantize(q) for name, q in now.items()}
         pairs = zip(torch.split(read[held], at_once), torch.split(wanted[held], at_once), strict=True)
         return float(sum(error(x, y, weights) * len(x) for x, y in pairs) / held.sum())
 
-    first = lowest = judged()
-    best = {name: q.codes for name, q in done.items()}
+    first = lowest = judged(done)
+    best = dict(done)
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(len(read))[~held]
     left = rows[:0]
-    for step in range(config.steps):
+    for step in range(steps):
         if len(left) < min(at_once, len(rows)):
             left = torch.cat([left, rows[torch.randperm(len(rows), generator=generator)]])
         these, left = left[:at_once], left[at_once:]
-        weights = {name: x.weight().to(read.dtype).requires_grad_() for name, x in linears.items()}
         with torch.enable_grad():
-            of_weights = torch.autograd.grad(
-                error(read[these], wanted[these], weights), list(weights.values()), materialize_grads=True
-            )
-        for linear, gradient in zip(linears.values(), of_weights, strict=True):
-            linear.move(gradient, config.rate * (1 - step / config.steps))
-        if (step + 1) % max(config.steps // LOOKS, 1) == 0 and (now := judged()) < lowest:
-            lowest, best = now, {name: x.codes() for name, x in linears.items()}
-    changed = sum(int((best[name] != q.codes).sum()) for name, q in done.items())
+            error(read[these], wanted[these], changing.weights()).backward()  # type: ignore[no-untyped-call]
+        changing.step(1 - step / steps)
+        if (step + 1) % max(steps // LOOKS, 1) == 0:
+            now = changing.quantized()
+            if (found := judged(now)) < lowest:
+                lowest, best = found, now
+    changed = sum(int((best[name].codes != q.codes).sum()) for name, q in done.items())
     told = {
         "output_error": round(lowest / max(first, 1e-30), 4),
         "changed": round(changed / sum(q.codes.numel() for q in done.values()), 4),
     }
-    return {name: replace(q, codes=best[name]) for name, q in done.items()}, told
+    return best, told

@@ -112,6 +112,12 @@ class Plan:
             found.setdefault(linear.part, []).append(linear)
         return found
 
+    @property
+    def float_parts(self) -> list[int | str]:
+        """The parts with tensors that stay float and may change: the layers, and modules outside of them."""
+        outside = {n.rpartition(".")[0] for n in self.kept if not n.startswith(f"{self.spec.layers}.")}
+        return [*range(self.layers), *sorted(outside)]
+
     def without(self, reasons: Mapping[str, str]) -> Plan:
         """Return the plan in which linears that could not be quantized stay float.
 
@@ -380,7 +386,7 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
     needs += [needs_of(x.choice) for x in linears if x.choice and x.grid]
     needs += [plugins.load("transforms", name, "transforms").needs(config) for name, config in recipe.rewrites]
     needs += ["hessian"] if recipe.mismatch_correction else []
-    needs += ["fisher"] if recipe.learned_rounding else []
+    needs += ["fisher"] if recipe.tunes_layers else []
     needs += ["diagonal"] if recipe.bias_correction else []
     static = any(x.static for x in linears)
     most = most_of(needs)
@@ -391,8 +397,8 @@ def _needs(recipe: Recipe, linears: Sequence[Linear]) -> Needs:
             raise RecipeError("imatrix: a mismatch is corrected on text. Leave out `imatrix`")
         if recipe.bias_correction:
             raise RecipeError("imatrix: biases are corrected on text. Leave out `imatrix`")
-        if recipe.learned_rounding:
-            raise RecipeError("imatrix: rounding is learned on text. Leave out `imatrix`")
+        if recipe.tunes_layers:
+            raise RecipeError("imatrix: layers are tuned on text. Leave out `imatrix`")
         if most in ("hessian", "fisher"):
             raise RecipeError("imatrix: the algorithm needs more than an imatrix tells: text. Leave out `imatrix`")
         if static:

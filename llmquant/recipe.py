@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmquant import patterns, plugins
 from llmquant.activations import ActivationScheme
 from llmquant.data import Calibration, TextSource
+from llmquant.distillation import Training
 from llmquant.errors import RecipeError
 from llmquant.learned import LearnedRounding
 
@@ -129,6 +130,7 @@ class Recipe(BaseModel):
     true_sequential: bool = True
     mismatch_correction: bool = False
     learned_rounding: LearnedRounding | None = None
+    training: Training | None = None
     bias_correction: bool = False
     tied_embeddings: Literal["keep", "untie"] = "keep"
     formats: list[str] = Field(default=["compressed_tensors"], min_length=1)
@@ -161,8 +163,11 @@ class Recipe(BaseModel):
         self.shard_bytes  # noqa: B018  (checked when the recipe is read)
         self.choices  # noqa: B018  (every grid and algorithm is checked when the recipe is read)
         self.rewrites  # noqa: B018  (and every transform)
-        if self.learned_rounding and any(choice and choice.activations for choice in self.choices):
-            raise RecipeError("learned_rounding: only where activations stay float. Leave out `activations`")
+        if self.tunes_layers and any(choice and choice.activations for choice in self.choices):
+            key = "learned_rounding" if self.learned_rounding else "training.scope=layers"
+            raise RecipeError(f"{key}: only where activations stay float. Leave out `activations`")
+        if self.learned_rounding and self.training and self.training.scope == "layers":
+            raise RecipeError("training.scope=layers: changes what learned_rounding does. Leave out one of them")
         for i, rule in enumerate(self.rules):
             for pattern in rule.patterns:
                 _check_pattern(pattern, f"rules.{i}.match")
@@ -170,6 +175,16 @@ class Recipe(BaseModel):
             _check_pattern(pattern, "ignore")
         for i, name in enumerate(self.formats):
             plugins.load("exporters", name, f"formats.{i}")
+
+    @property
+    def tunes_layers(self) -> bool:
+        """Whether each layer is tuned on its own output, before the next one is begun."""
+        return self.learned_rounding is not None or (self.training is not None and self.training.scope == "layers")
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether all layers are trained together, once they are quantized."""
+        return self.training is not None and self.training.scope == "model"
 
     @cached_property
     def choices(self) -> list[Choice | None]:

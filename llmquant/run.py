@@ -35,6 +35,7 @@ from llmquant import (
     rotation,
     sites,
     threads,
+    training,
     work,
 )
 from llmquant import plan as planning
@@ -64,6 +65,7 @@ class Report:
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
     outputs: format -> folder. bytes: format -> size of its weights' files. hashes: format -> SHA-256 of every file.
     given_up: linears that could not be quantized and stayed float, and why.
+    training: how it went (``llmquant.training``), where the recipe asks for one. The linears' figures are from before.
     """
 
     model: str
@@ -83,6 +85,7 @@ class Report:
     allocation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     given_up: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -225,11 +228,12 @@ def quantize(
     ranks.from_first(lambda: check_output(out))
     stream = _opened(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
     plan = plan_for(stream, recipe_)
-    if plan.needs == "nothing" and ranks.size > 1:
+    if plan.needs == "nothing" and not recipe_.trains_model and ranks.size > 1:
         options = (work_folder, device, restart, trust_remote_code, progress, on_error, verify, stream.room_bytes)
         return ranks.from_first(lambda: quantize(model, recipe_, out, *options))
     folder = Path(work_folder) if work_folder else out.with_name(out.name + ".work")
     saves = plan.needs != "nothing" or work_folder is not None or len(recipe_.formats) > 1 or on_error == "skip"
+    saves |= recipe_.trains_model
     if saves:
         _check_apart(out, folder)
     footprint.check_fits(plan, stream.room_bytes)
@@ -242,25 +246,35 @@ def quantize(
     text = None
     if plan.needs != "nothing":
         text = ranks.from_first(lambda: _calibration_tokens(stream, recipe_, trust_remote_code))
+    lessons = None
+    if recipe_.trains_model:
+        lessons = ranks.from_first(lambda: _training_tokens(stream, recipe_, trust_remote_code))
     checkpoint = stream.checkpoint
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     resumed = 0
+    trained: dict[str, Any] = {}
     with ExitStack() as stack:
         source: work.Work | Direct = direct
         if saves:
-            source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
+            source = log = work.Work(folder, fingerprint(checkpoint, plan, text, lessons), restart, ranks)
             stack.callback(log.close)
             resumed = sum(log.has(i) for i in range(plan.layers))
             plan = _saved(plan, stream, direct, log, text, progress, on_error)
-            if text is not None:
-                checkpoint = work.Transformed(checkpoint, log, plan.layers)
+            if lessons is not None:
+                assert recipe_.training is not None
+                trained = training.train(plan, stream, log, lessons, recipe_.training, progress)
+            if text is not None or trained:
+                checkpoint = work.Transformed(checkpoint, log, plan.float_parts)
         report = ranks.from_first(
             lambda: _written(model, plan, checkpoint, source, stream.config, text, out, resumed, progress, verify)
         )
+        report.training = trained
         if saves and work_folder is None:
             log.remove()
     report.seconds = round(time.monotonic() - started, 2)
     report.peak_rss_bytes = memory.peak_bytes()
+    if lessons is not None:
+        text = replace(lessons, held_out=lessons.held_out[1::2])
     return report, None if text is None else data.held_out_windows(text)
 
 
@@ -284,8 +298,9 @@ def _opened(
     """Return the stream that a run reads; raise for what no run of this kind can do."""
     if recipe_.budget is not None:
         raise RecipeError("budget: is for `llmquant quantize`, which makes a recipe with a type for every tensor of it")
-    if ranks.size > 1 and recipe_.learned_rounding is not None:
-        raise RecipeError("learned_rounding: is done by one process. Leave it out, or start without torchrun.")
+    if ranks.size > 1 and recipe_.tunes_layers:
+        key = "learned_rounding" if recipe_.learned_rounding else "training.scope=layers"
+        raise RecipeError(f"{key}: is done by one process. Leave it out, or start without torchrun.")
     if ranks.size > 1 and memory_limit is None:  # one decision for all, while they take each other's memory
         memory_limit = ranks.least(memory.room_bytes(device) // ranks.local)
     return open_stream(model, recipe_, device, trust_remote_code, memory_limit, ranks)
@@ -312,6 +327,16 @@ def _saved(
         )
     log.all_records()  # what is damaged shows before anything is written
     return plan.without(given_up)
+
+
+def _training_tokens(stream: Stream, recipe_: recipe.Recipe, trust_remote_code: bool) -> data.CalibrationTokens:
+    assert recipe_.training is not None
+    source = recipe_.calibration or data.Calibration()
+    if recipe_.training.text is not None:
+        source = source.model_copy(update=recipe_.training.text.model_dump())
+    tokenizer = data.load_tokenizer(stream.checkpoint.folder, trust_remote_code)
+    export.check_tokenizer(recipe_.formats, tokenizer, stream.config)
+    return data.training_tokens(source, tokenizer, stream.context, recipe_.training.steps * recipe_.training.tokens)
 
 
 def held_out(model: str | Path, recipe_: recipe.Recipe, trust_remote_code: bool = False) -> Windows | None:
@@ -417,10 +442,12 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             "to go on."
         )
     plan = plan.without(log.given_up())
-    return plan, work.Transformed(stream.checkpoint, log, plan.layers), stream.config, log
+    return plan, work.Transformed(stream.checkpoint, log, plan.float_parts), stream.config, log
 
 
-def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None) -> dict[str, Any]:
+def fingerprint(
+    checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens | None, lessons: data.CalibrationTokens | None
+) -> dict[str, Any]:
     """Return what decides the codes: model, recipe (but for how they are written), imatrix, tokens and versions."""
     imatrix = plan.recipe.imatrix
     written = {"description", "formats", "max_shard_size"}
@@ -430,6 +457,7 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens
         "recipe": recipe_,
         "imatrix": None if imatrix is None else hashlib.sha256(imatrix.read_bytes()).hexdigest(),
         "tokens": None if text is None else text.sha256,
+        "training tokens": None if lessons is None else lessons.sha256,
         "versions": _versions(),
     }
 

@@ -276,7 +276,7 @@ def measure(
         head = stream.model.get_submodule(stream.spec.head)
         head.weight = nn.Parameter(stream.embedding_weight().clone(), requires_grad=False)
     with held(out):
-        log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text), restart)
+        log = _Log(out, model, recipe, by, windows, units, run.fingerprint(checkpoint, own, text, None), restart)
         ends = {(u.name, g) for u in units for g in ([_nearest(own, plans, u)] if quick else labels)}
         todo = [(u, label) for u in units for label in labels if log.lacks(u.name, label, (u.name, label) in ends)]
         if not todo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -230,6 +230,12 @@ class Stream:
             )
         check_finite(value, f"{self.checkpoint.folder}: {full}")
         set_module_tensor_to_device(root, name, self.device, value=value.to(self.dtype), dtype=self.dtype)
+
+    def load_layers(self, but: Collection[str] = ()) -> None:
+        """Load the weights of all decoder layers, for good, but those of some names."""
+        for name, parameter in self.model.get_submodule(self.spec.layers).named_parameters():
+            if parameter.is_meta and f"{self.spec.layers}.{name}" not in but:
+                self._materialise(self.model.get_submodule(self.spec.layers), f"{self.spec.layers}.", name)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -32,8 +32,9 @@ TOLD = ("error", "mse", "mean_square", "tokens")  # of every linear, in numbers
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 SCRATCH = "llmquant-scratch"
+TRAINING = "training.safetensors"
 OURS = re.compile(
-    rf"(layer-\d{{5}}|{FISHER}\d{{5}}|{OUTSIDE}.+)\.safetensors(\.partial)?|{re.escape(NOTE)}(\.partial)?|lock"
+    rf"(layer-\d{{5}}|{FISHER}\d{{5}}|{OUTSIDE}.+|training)\.safetensors(\.partial)?|{re.escape(NOTE)}(\.partial)?|lock"
 )
 PIECE = 1 << 15  # bytes in the middle of a tensor that its model's fingerprint is made of
 INPUTS = "inputs."  # before the names of what belongs to a linear's inputs
@@ -107,15 +108,32 @@ class Work:
         """
         tensors = {f"{FLOAT}{name}": value.cpu().contiguous() for name, value in (floats or {}).items()}
         for name, q in linears.items():
-            tensors[f"{name}:codes"] = q.codes.cpu().contiguous()
-            for key, value in q.params.items():
-                if spans := q.grid.shared.get(key):
-                    value = value.flatten(0, 1)[::spans]
-                tensors[f"{name}:{key}"] = value.cpu().contiguous()
-            if q.inputs is not None:
-                tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
+            tensors |= {f"{name}:{key}": value for key, value in stored(q).items()}
         told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {})}
         self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
+
+    def replace(self, part: int | str, tensors: Mapping[str, Tensor]) -> None:
+        """Put some tensors of a part in the place of those before, or beside them, by their names in its file."""
+        path, found, told = self._path(part), dict(tensors), {"records": "{}"}
+        if path.exists():
+            with _opened(path) as file:
+                told = file.metadata()
+                found = {name: file.get_tensor(name) for name in file.keys()} | found  # noqa: SIM118
+        self._ranks.from_first(lambda: atomic_save(path, found, told, KEPT))
+
+    def save_training(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        """Keep where a training is."""
+        kept = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        path = self.folder / TRAINING
+        self._ranks.from_first(lambda: atomic_save(path, kept, {"told": json.dumps(told)}, KEPT))
+
+    def training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what was kept last; None before there was anything."""
+        path = self.folder / TRAINING
+        if not self._ranks.from_first(path.exists):
+            return None
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, _metadata(path, "told")  # noqa: SIM118
 
     def given_up(self, part: int | str | None = None) -> dict[str, str]:
         """Return the linears of a part, or of all, that could not be quantized, and why."""
@@ -178,16 +196,16 @@ class Work:
         if self._ranks.first:
             self._information(layer).unlink(missing_ok=True)
 
-    def floats(self, layer: int) -> list[str]:
-        """Return the full names of a layer's float tensors that transforms changed."""
-        if not self.has(layer):
+    def floats(self, part: int | str) -> list[str]:
+        """Return the full names of a part's float tensors that transforms or training changed."""
+        if not self.has(part):
             return []
-        with _opened(self._path(layer)) as file:
+        with _opened(self._path(part)) as file:
             return [name.removeprefix(FLOAT) for name in file.keys() if name.startswith(FLOAT)]  # noqa: SIM118
 
-    def load_float(self, layer: int, name: str) -> Tensor:
+    def load_float(self, part: int | str, name: str) -> Tensor:
         """Return one of them."""
-        with _opened(self._path(layer)) as file:
+        with _opened(self._path(part)) as file:
             value: Tensor = file.get_tensor(f"{FLOAT}{name}")
         return value
 
@@ -202,7 +220,8 @@ class Work:
         return {name: record for path in self._parts() for name, record in _records(path).items()}
 
     def _parts(self) -> list[Path]:
-        return [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
+        found = sorted(self.folder.glob("*.safetensors"))
+        return [path for path in found if not path.name.startswith(FISHER) and path.name != TRAINING]
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -237,20 +256,30 @@ class Work:
 
 
 class Transformed(Checkpoint):
-    """A float checkpoint as the transforms of a finished work folder left it."""
+    """A float checkpoint as the transforms and the training of a finished work folder left it."""
 
-    def __init__(self, checkpoint: Checkpoint, log: Work, layers: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, log: Work, parts: Iterable[int | str]) -> None:
         vars(self).update(vars(checkpoint))
         self._checkpoint = checkpoint
         self._log = log
-        self._layer_of = {name: i for i in range(layers) for name in log.floats(i)}
+        self._part_of = {name: part for part in parts for name in log.floats(part)}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor as it is to be stored, or some rows of it."""
-        if name not in self._layer_of:
+        if name not in self._part_of:
             return self._checkpoint.read(name, rows)
-        changed = self._log.load_float(self._layer_of[name], name)
+        changed = self._log.load_float(self._part_of[name], name)
         return changed[slice(*rows)] if rows else changed
+
+
+def stored(q: QuantizedTensor) -> dict[str, Tensor]:
+    """Return what a file holds of a linear: what spans share is there once."""
+    tensors = {"codes": q.codes.cpu().contiguous()}
+    for key, value in q.params.items():
+        if spans := q.grid.shared.get(key):
+            value = value.flatten(0, 1)[::spans]
+        tensors[key] = value.cpu().contiguous()
+    return tensors | {f"{INPUTS}{key}": v.cpu().clone() for key, v in (q.inputs.params if q.inputs else {}).items()}
 
 
 def read_note(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""What a student is trained towards: the predictions of its teacher, the float model.
+
+The loss of a token is
+
+    (1 - language) T² KL(teacher || student), both at the temperature T, + language * (- log p of the next token)
+    + hidden * |student - teacher|² / |teacher|²  of what the output matrix reads
+
+Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional
+
+from llmquant.data import TextSource
+
+
+class Training(BaseModel):
+    """Train the quantized model to predict what the float model does.
+
+    scope: "model": all layers together, once all linears are quantized. "layers": one after the other, each as soon as
+        it is quantized, to give what the float model's does on the calibration text, where the memory is for no more.
+    steps: how many (with "layers": for each); the text is read again where it has fewer sequences.
+    tokens: of a step.
+    rate: of the weights, in mean steps between two levels, at its highest; it rises and falls to 0 with a cosine.
+    scale_rate: of scales and offsets, as a share of what they were.
+    float_rate: of norms and biases, as a share of their size; 0 leaves them alone.
+    temperature: of the distillation.
+    language: the share of the language model's own loss, which leads away from the float model.
+    hidden: how much the error of what the output matrix reads counts beside that.
+    patience: how many looks at the held-out divergence, one every tenth of the steps, may pass without a better one.
+    text: to train on; by default all of the calibration text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: Literal["model", "layers"] = "model"
+    steps: int = Field(default=500, ge=1)
+    tokens: int = Field(default=4096, ge=1)
+    rate: float = Field(default=0.01, gt=0, le=1)
+    scale_rate: float = Field(default=0.001, ge=0, le=1)
+    float_rate: float = Field(default=0.001, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    language: float = Field(default=0.0, ge=0, le=1)
+    hidden: float = Field(default=0.0, ge=0)
+    patience: int = Field(default=3, ge=1)
+    text: TextSource | None = None
+    seed: int = 0
+
+
+class Predictions(NamedTuple):
+    """Of one model for some tokens. hidden: what the output matrix reads, where that is asked for."""
+
+    logits: Float[Tensor, "sequences time vocab"]
+    hidden: Float[Tensor, "sequences time hidden"] | None = None
+
+
+def loss(
+    student: Predictions, teacher: Predictions, tokens: Int[Tensor, "sequences time"], settings: Training
+) -> Float[Tensor, ""]:
+    """Return the mean loss of a token."""
+    temperature = settings.temperature
+    found = (1 - settings.language) * temperature**2 * divergence(student.logits, teacher.logits, temperature)
+    if settings.language:
+        of_text = functional.cross_entropy(student.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        found = found + settings.language * of_text
+    if settings.hidden:
+        assert student.hidden is not None
+        assert teacher.hidden is not None
+        aim = teacher.hidden.float()
+        wrong = (student.hidden.float() - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=1e-30)
+        found = found + settings.hidden * wrong.mean()
+    return found
+
+
+def divergence(
+    student: Float[Tensor, "*tokens vocab"], teacher: Float[Tensor, "*tokens vocab"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """Return the mean of KL(teacher || student) over all tokens, in nats, of logits divided by a temperature."""
+    log_p = (student.float() / temperature).log_softmax(-1)
+    log_q = (teacher.float() / temperature).log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()

@@ -1,0 +1,345 @@
+"""Quantization-aware training: weights, scales and norms, so that the quantized model predicts what the float one does.
+
+The student computes with what would be stored (``llmquant.fake``), beginning with what the recipe's own algorithms
+found; the teacher is the float model (``llmquant.distillation``). Sequences that no step is taken on tell which step
+was the best; that is what is kept.
+
+Whatever leads to the next step is in the work folder, bit by bit: a run that was killed ends as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmquant import activations, distillation, work
+from llmquant.activations import Inputs
+from llmquant.data import CalibrationTokens
+from llmquant.distillation import Predictions, Training, divergence
+from llmquant.errors import NumericsError
+from llmquant.fake import FakeQuantized, straight
+from llmquant.grid import QuantizedTensor
+from llmquant.plan import Plan
+from llmquant.progress import Progress
+from llmquant.stream import BATCH_TOKENS, Stream
+
+LOOKS = 10  # at the held-out divergence, in a whole training
+KEEP = 60.0  # seconds after which the state is written again
+WARM = 0.05  # of all steps, in which rates rise
+
+
+class Student(nn.Module):
+    """A model that computes with quantized weights; its parameters are those of them, and its norms and biases.
+
+    weights: of the plan's linears that have a grid, in its order. floats: the dtype that a norm or bias is stored in.
+    """
+
+    def __init__(self, stream: Stream, plan: Plan, log: work.Work, floats: bool) -> None:
+        """floats: whether norms and biases are trained."""
+        super().__init__()
+        self.linears = [x for x in plan.linears if x.grid is not None]
+        stream.load()
+        stream.load_layers(but=[x.weight_name for x in self.linears])
+        self.model = stream.model
+        head = f"{plan.spec.head}.weight"
+        if plan.untie and stream.tied:
+            own = nn.Parameter(stream.head_weight().clone(), requires_grad=False)
+            self.model.get_submodule(plan.spec.head).weight = own
+        self.fakes = [FakeQuantized(log.load(x)).to(stream.device) for x in self.linears]
+        self.weights = nn.ModuleList(self.fakes)
+        self._places: list[tuple[str, ...]] = []  # the parameters that each weight stands for
+        for linear, weight in zip(self.linears, self.fakes, strict=True):
+            module = self.model.get_submodule(linear.name)
+            module.weight = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
+            if weight.inputs is not None:
+                module.register_forward_pre_hook(_rounding(weight.inputs))
+            both = linear.lookup and stream.tied and not plan.untie
+            self._places.append((linear.weight_name, head) if both else (linear.weight_name,))
+        self.floats: dict[str, torch.dtype] = {}
+        for name, parameter in self.model.named_parameters():
+            if floats and parameter.ndim == 1 and parameter.numel() and name in stream.checkpoint.infos:
+                parameter.requires_grad_()
+                self.floats[name] = stream.checkpoint.infos[name].dtype
+
+    def forward(self, tokens: Int[Tensor, "sequences time"], hidden: bool) -> Predictions:
+        """hidden: also return what the output matrix reads."""
+        given: dict[str, Tensor] = {}
+        for linear, weight, places in zip(self.linears, self.fakes, self._places, strict=True):
+            value = weight()
+            turned = isinstance(self.model.get_submodule(linear.name), Conv1D)
+            given |= dict.fromkeys(places, value.T if turned else value)
+        for name, dtype in self.floats.items():
+            value = self.model.get_parameter(name)
+            given[name] = straight(value, value.detach().to(dtype).to(value.dtype))
+        settings = {"input_ids": tokens, "use_cache": False, "output_hidden_states": hidden}
+        out = torch.func.functional_call(self.model, given, (), settings, tie_weights=False)
+        return Predictions(out.logits, out.hidden_states[-1] if hidden else None)
+
+    def changing(self) -> dict[str, Tensor]:
+        """Return all that training changes, and what that is measured in."""
+        of_weights = {name.partition(".")[2]: v for name, v in self.state_dict().items() if name.startswith("weights.")}
+        return of_weights | {name: self.model.get_parameter(name).detach() for name in self.floats}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what is to be stored, by the names in a work folder's files."""
+        found = {f"{work.FLOAT}{name}": value.clone() for name, value in self._floats().items()}
+        for linear, weight in zip(self.linears, self.fakes, strict=True):
+            found |= {f"{linear.name}:{key}": value for key, value in work.stored(weight.quantized()).items()}
+        return found
+
+    def _floats(self) -> dict[str, Tensor]:
+        return {name: self.model.get_parameter(name).detach().to(dtype) for name, dtype in self.floats.items()}
+
+    def groups(self, settings: Training) -> list[dict[str, Any]]:
+        """Return the parameters with their rates."""
+        found: list[dict[str, Any]] = []
+        for fake in self.fakes:
+            found += _groups(fake, settings)
+        for name in self.floats:
+            parameter = self.model.get_parameter(name)
+            size = float(parameter.detach().square().mean().sqrt())
+            found.append({"params": [parameter], "lr": settings.float_rate * (size or 1.0)})
+        return found
+
+
+def _rounding(inputs: Inputs) -> Any:
+    """Return a hook that lets a linear read rounded activations."""
+
+    def hook(_linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            rounded = activations.rounded(inputs, args[0])
+        return (straight(args[0], rounded), *args[1:])
+
+    return hook
+
+
+@dataclass
+class _Told:
+    """How a training went. losses, held_out: (step, value). waited: looks since the best."""
+
+    step: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    best: float = math.inf
+    waited: int = 0
+    finished: bool = False
+    seconds: float = 0.0
+
+
+def train(
+    plan: Plan, stream: Stream, log: work.Work, text: CalibrationTokens, settings: Training, progress: Progress
+) -> dict[str, Any]:
+    """Train the quantized model in a work folder, and return what a report should tell.
+
+    stream: of the float model. A training that was broken off goes on; one that was finished is not done again.
+    """
+    found = log.training()
+    if found is None or not found[1]["finished"]:
+        _Trainer(plan, stream, log, text, settings, found).run(progress)
+        found = log.training()
+    assert found is not None
+    parts: dict[int | str, dict[str, Tensor]] = {}
+    for name, value in found[0].items():
+        parts.setdefault(part_of(plan, name), {})[name] = value
+    for part, tensors in parts.items():
+        log.replace(part, tensors)
+    return {key: found[1][key] for key in ("step", "best", "losses", "held_out", "seconds")}
+
+
+def part_of(plan: Plan, name: str) -> int | str:
+    """Return the part of a work folder that a tensor belongs to, by its name there: a layer, or a module outside."""
+    module = name.removeprefix(work.FLOAT).rpartition(".")[0] if name.startswith(work.FLOAT) else name.partition(":")[0]
+    below = module.removeprefix(f"{plan.spec.layers}.")
+    return module if below == module else int(below.partition(".")[0])
+
+
+class _Trainer:
+    """One training of the quantized model in a work folder."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stream: Stream,
+        log: work.Work,
+        text: CalibrationTokens,
+        settings: Training,
+        kept: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None,
+    ) -> None:
+        """stream: of the float model, loaded here as a whole. kept: what the work folder holds of this training."""
+        self._log, self._text, self._settings, self._ranks = log, text, settings, stream.ranks
+        cpu = stream.device.type == "cpu"
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
+        stream.load()
+        stream.load_layers()
+        self._teacher = stream.model
+        changed = work.Transformed(stream.checkpoint, log, range(plan.layers))
+        own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
+        own.dtype = torch.float32
+        self._student = Student(own, plan, log, settings.float_rate > 0)
+        optimizer = torch.optim.AdamW(self._student.groups(settings), weight_decay=0.0)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._computing, self._optimizer = self._accelerator.prepare(self._student, optimizer)
+        self._told = _Told()
+        self._best: dict[str, Tensor] = {}
+        if kept is not None:
+            self._go_on_from(*kept)
+
+    def run(self, progress: Progress) -> None:
+        """Train, and leave the best in the work folder."""
+        told, settings = self._told, self._settings
+        look = max(settings.steps // LOOKS, 1)
+        saved = started = time.monotonic()
+        if not told.held_out:
+            self._look()
+            self._save()
+        while not told.finished:
+            held_out = f"{told.held_out[-1][1]:.5f}, best {told.best:.5f}"
+            loss = f"{told.losses[-1][1]:.5f}, " if told.losses else ""
+            progress(f"training: loss {loss}held-out KLD {held_out}", told.step, settings.steps)
+            told.losses.append((told.step, self._take_step()))
+            told.step += 1
+            if told.step % look == 0 or told.step == settings.steps:
+                self._look()
+                told.finished = told.step == settings.steps or told.waited == settings.patience
+            if told.finished or self._long_since(saved):
+                told.seconds += time.monotonic() - started
+                self._save()
+                saved = started = time.monotonic()
+
+    def _long_since(self, saved: float) -> bool:
+        return self._ranks.from_first(lambda: time.monotonic() - saved > KEEP)
+
+    def _take_step(self) -> float:
+        """Take one step on the next sequences, and return its loss."""
+        settings, ranks = self._settings, self._ranks
+        share = _rate(self._told.step, settings.steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = share * rate
+        tokens = self._of_step(self._told.step)[ranks.rank :: ranks.size]
+        size = max(BATCH_TOKENS // tokens.shape[1], 1)
+        batches = torch.split(tokens, size)
+        total = 0.0
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with self._accelerator.autocast(), nullcontext() if last else self._accelerator.no_sync(self._computing):
+                loss = self._loss(batch.to(self._accelerator.device)) * (len(batch) / len(tokens))
+                self._accelerator.backward(loss)
+            total += float(loss.detach())
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return sum(ranks.each(lambda: total)) / ranks.size
+
+    def _of_step(self, step: int) -> Int[Tensor, "sequences time"]:
+        """Return the sequences of a step, of all ranks: the text again and again, shuffled anew each time."""
+        tokens, size = self._text.tokens, self._ranks.size
+        count = max(math.ceil(self._settings.tokens / tokens.shape[1] / size), 1) * size
+        wanted = torch.arange(step * count, (step + 1) * count)
+        rounds = (wanted // len(tokens)).tolist()
+        orders = {
+            r: torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self._settings.seed + r))
+            for r in set(rounds)
+        }
+        return tokens[[int(orders[r][i]) for r, i in zip(rounds, (wanted % len(tokens)).tolist(), strict=True)]]
+
+    def _loss(self, tokens: Int[Tensor, "sequences time"]) -> Float[Tensor, ""]:
+        hidden = self._settings.hidden > 0
+        with torch.no_grad():
+            out = self._teacher(input_ids=tokens, use_cache=False, output_hidden_states=hidden)
+        theirs = Predictions(out.logits, out.hidden_states[-1] if hidden else None)
+        return distillation.loss(self._computing(tokens, hidden), theirs, tokens, self._settings)
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Measure the divergence on every second held-out sequence, and keep what is there if it is the best so far."""
+        told, ranks = self._told, self._ranks
+        own = self._text.held_out[::2][ranks.rank :: ranks.size]
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in torch.split(own, max(BATCH_TOKENS // own.shape[1], 1)):
+            tokens = batch.to(self._accelerator.device)
+            with self._accelerator.autocast():
+                logits = self._student(tokens, False).logits
+                theirs = self._teacher(input_ids=tokens, use_cache=False).logits
+            total += torch.tensor([float(divergence(logits, theirs)) * len(batch), len(batch)], dtype=torch.float64)
+        ranks.add(total)
+        found = float(total[0] / total[1])
+        if not math.isfinite(found):
+            raise NumericsError(
+                f"training: after step {told.step} the divergence on held-out text is not finite. Set a smaller "
+                "training.rate"
+            )
+        told.held_out.append((told.step, found))
+        told.waited = 0 if found < told.best else told.waited + 1
+        if found < told.best:
+            told.best = found
+            self._best = self._student.stored()
+
+    def _save(self) -> None:
+        """Write all that the next step depends on; after the last one, what was best."""
+        if self._told.finished:
+            self._log.save_training(self._best, asdict(self._told))
+            return
+        tensors = {f"best.{name}": value for name, value in self._best.items()}
+        tensors |= {f"student.{name}": value for name, value in self._student.changing().items()}
+        for i, parameter in enumerate(p for group in self._optimizer.param_groups for p in group["params"]):
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in self._optimizer.state[parameter].items()}
+        self._log.save_training(tensors, asdict(self._told))
+
+    def _go_on_from(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        self._told = _Told(**told)
+        parts: dict[str, dict[str, Tensor]] = {"best": {}, "student": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = value
+        self._best = parts["best"]
+        changing = self._student.changing()
+        for name, value in parts["student"].items():
+            changing[name].copy_(value)
+        for i, parameter in enumerate(p for group in self._optimizer.param_groups for p in group["params"]):
+            of_this = {k.partition(".")[2]: v for k, v in parts["optimizer"].items() if k.startswith(f"{i}.")}
+            self._optimizer.state[parameter].update(of_this)
+
+
+class AdamSteps:
+    """AdamW's steps for the linears of a layer (``llmquant.learned.Steps``): weights, scales and offsets."""
+
+    def __init__(self, done: Mapping[str, QuantizedTensor], settings: Training) -> None:
+        self._fakes = {name: FakeQuantized(q) for name, q in done.items()}
+        groups = [group for fake in self._fakes.values() for group in _groups(fake, settings)]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: fake() for name, fake in self._fakes.items()}
+
+    def step(self, share: float) -> None:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = share * rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        return {name: fake.quantized() for name, fake in self._fakes.items()}
+
+
+def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
+    """Return the parameters of a weight with their rates."""
+    return [
+        {"params": [fake.places], "lr": settings.rate},
+        {"params": [fake.growth, fake.shift], "lr": settings.scale_rate},
+    ]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the highest rate at a step."""
+    rising = (step + 1) / max(WARM * steps, 1)
+    return min(rising, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
