@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -108,6 +108,7 @@ class SignSteps:
         return {name: replace(x.q, codes=x.codes()) for name, x in self._linears.items()}
 
 
+@runtime_checkable
 class Steps(Protocol):
     """How the linears of a layer are changed, by their names within it."""
 

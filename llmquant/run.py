@@ -441,6 +441,10 @@ def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Chec
             f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
             "to go on."
         )
+    if recipe_.trains_model and not training.finished(log):
+        raise CheckpointError(
+            f"{folder}: its training is not finished. Run the same `llmquant train` with --work {folder} to go on."
+        )
     plan = plan.without(log.given_up())
     return plan, work.Transformed(stream.checkpoint, log, plan.float_parts), stream.config, log
 

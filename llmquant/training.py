@@ -143,10 +143,9 @@ def train(
 
     stream: of the float model. A training that was broken off goes on; one that was finished is not done again.
     """
+    if not finished(log):
+        _Trainer(plan, stream, log, text, settings, log.training()).run(progress)
     found = log.training()
-    if found is None or not found[1]["finished"]:
-        _Trainer(plan, stream, log, text, settings, found).run(progress)
-        found = log.training()
     assert found is not None
     parts: dict[int | str, dict[str, Tensor]] = {}
     for name, value in found[0].items():
@@ -154,6 +153,12 @@ def train(
     for part, tensors in parts.items():
         log.replace(part, tensors)
     return {key: found[1][key] for key in ("step", "best", "losses", "held_out", "seconds")}
+
+
+def finished(log: work.Work) -> bool:
+    """Whether a work folder's training is over."""
+    found = log.training()
+    return found is not None and bool(found[1]["finished"])
 
 
 def part_of(plan: Plan, name: str) -> int | str:
@@ -225,7 +230,9 @@ class _Trainer:
         share = _rate(self._told.step, settings.steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = share * rate
-        tokens = self._of_step(self._told.step)[ranks.rank :: ranks.size]
+        count = max(math.ceil(settings.tokens / self._text.tokens.shape[1] / ranks.size), 1) * ranks.size
+        these = chosen(self._told.step, count, len(self._text.tokens), settings.seed)
+        tokens = self._text.tokens[these[ranks.rank :: ranks.size]]
         size = max(BATCH_TOKENS // tokens.shape[1], 1)
         batches = torch.split(tokens, size)
         total = 0.0
@@ -238,18 +245,6 @@ class _Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return sum(ranks.each(lambda: total)) / ranks.size
-
-    def _of_step(self, step: int) -> Int[Tensor, "sequences time"]:
-        """Return the sequences of a step, of all ranks: the text again and again, shuffled anew each time."""
-        tokens, size = self._text.tokens, self._ranks.size
-        count = max(math.ceil(self._settings.tokens / tokens.shape[1] / size), 1) * size
-        wanted = torch.arange(step * count, (step + 1) * count)
-        rounds = (wanted // len(tokens)).tolist()
-        orders = {
-            r: torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self._settings.seed + r))
-            for r in set(rounds)
-        }
-        return tokens[[int(orders[r][i]) for r, i in zip(rounds, (wanted % len(tokens)).tolist(), strict=True)]]
 
     def _loss(self, tokens: Int[Tensor, "sequences time"]) -> Float[Tensor, ""]:
         hidden = self._settings.hidden > 0
@@ -295,7 +290,8 @@ class _Trainer:
         self._log.save_training(tensors, asdict(self._told))
 
     def _go_on_from(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
-        self._told = _Told(**told)
+        pairs = {key: [(int(step), float(value)) for step, value in told[key]] for key in ("losses", "held_out")}
+        self._told = _Told(**{**told, **pairs})
         parts: dict[str, dict[str, Tensor]] = {"best": {}, "student": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, key = name.partition(".")
@@ -337,6 +333,16 @@ def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
         {"params": [fake.places], "lr": settings.rate},
         {"params": [fake.growth, fake.shift], "lr": settings.scale_rate},
     ]
+
+
+def chosen(step: int, count: int, available: int, seed: int) -> list[int]:
+    """Return the sequences of a step: all that are available again and again, shuffled anew each time."""
+    places = range(step * count, (step + 1) * count)
+    orders = {
+        turn: torch.randperm(available, generator=torch.Generator().manual_seed(seed + turn)).tolist()
+        for turn in {place // available for place in places}
+    }
+    return [orders[place // available][place % available] for place in places]
 
 
 def _rate(step: int, steps: int) -> float:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
-from llmquant import learned
+from llmquant import learned, training
+from llmquant.distillation import Training
 from llmquant.errors import CalibrationError, RecipeError
 from llmquant.grid import QuantizedTensor, dequantize, encode_all, fit_all
 from llmquant.grids import affine, mxfp4, nf4, q2_k, q3_k, q6_k
@@ -69,9 +70,16 @@ def relative_error(layer, call, x, y, metric):
     return float(((error @ metric) * error).sum(-1).mean())
 
 
+def changing(way, done, weights, rate):
+    if way == "signs":
+        return learned.SignSteps(done, weights, learned.LearnedRounding(rate=rate))
+    return training.AdamSteps(done, Training(rate=rate, scale_rate=rate / 4))
+
+
+@pytest.mark.parametrize("way", ["signs", "adam"])
 @pytest.mark.parametrize("name", ["w2", "symmetric"])
 @torch.no_grad()
-def test_learned_codes_lower_the_error_on_sequences_that_were_not_seen(layer, name):
+def test_tuned_linears_lower_the_error_on_sequences_that_were_not_seen(layer, name, way):
     block, call = layer
     x, fresh = normal(40, 24, 64, seed=1), normal(16, 24, 64, seed=2)
     y, wanted = output(block, call, x), output(block, call, fresh)
@@ -79,26 +87,28 @@ def test_learned_codes_lower_the_error_on_sequences_that_were_not_seen(layer, na
     done = {local: nearest(w, GRIDS[name]) for local, w in weights.items()}
     root = normal(64, 64, seed=3)
     metric = root @ root.T / 64
-    config = learned.LearnedRounding(steps=60, rate=0.02, tokens=24 * 16)
-    tuned, told = learned.tune(block, done, weights, x, y, call, metric, config)
+    steps = changing(way, done, weights, 0.02)
+    tuned, told = learned.tune(block, done, steps, x, y, call, metric, steps=60, tokens=24 * 16)
     before, after = (relative_error(rounded(block, d), call, fresh, wanted, metric) for d in (done, tuned))
     assert after < 0.9 * before
     assert told["output_error"] < 0.9
     changed = sum(int((tuned[n].codes != done[n].codes).sum()) for n in done)
     assert told["changed"] == round(changed / sum(q.codes.numel() for q in done.values()), 4) > 0
     for local in LINEARS:
-        assert tuned[local].params is done[local].params
+        assert way == "adam" or tuned[local].params is done[local].params
         assert int(tuned[local].codes.max()) < len(tuned[local].grid.table)
 
 
+@pytest.mark.parametrize("way", ["signs", "adam"])
 @torch.no_grad()
-def test_what_does_not_help_is_not_kept(layer):
+def test_what_does_not_help_is_not_kept(layer, way):
     block, call = layer
     x = normal(16, 8, 64, seed=1)
     weights = {local: block.get_submodule(local).weight for local in LINEARS}
     done = {local: nearest(w, affine.Config(8, 32, symmetric=False)) for local, w in weights.items()}
-    config = learned.LearnedRounding(steps=4, rate=1.0, tokens=64)  # every weight, a level aside
-    tuned, told = learned.tune(block, done, weights, x, output(block, call, x), call, torch.eye(64), config)
+    steps = changing(way, done, weights, 1.0)  # every weight, a level aside
+    y = output(block, call, x)
+    tuned, told = learned.tune(block, done, steps, x, y, call, torch.eye(64), steps=4, tokens=64)
     assert told == {"output_error": 1.0, "changed": 0.0}
     assert all(torch.equal(tuned[n].codes, done[n].codes) for n in done)
 
@@ -121,7 +131,7 @@ def test_too_few_sequences_are_refused(layer):
     block, call = layer
     x = normal(7, 8, 64)
     with pytest.raises(CalibrationError, match=r"needs 8 sequences .* and there are 7"):
-        learned.tune(block, {}, {}, x, x, call, torch.eye(64), learned.LearnedRounding())
+        learned.tune(block, {}, changing("signs", {}, {}, 0.1), x, x, call, torch.eye(64), steps=1, tokens=8)
 
 
 def test_rounded_activations_are_refused():

@@ -1,0 +1,105 @@
+"""Fake quantization, judged by what is stored and by torch's own differentiation of the formula."""
+
+import pytest
+import torch
+
+from llmquant.fake import FakeQuantized, straight
+from llmquant.grid import QuantizedTensor, dequantize, encode_all, fit_all
+from llmquant.grids import affine, fp8, iq4_nl, iq4_xs, mxfp4, nf4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0
+
+GRIDS = {
+    "w2": affine.Config(2, 32),
+    "w3 with zeros": affine.Config(3, 32, symmetric=False),
+    "a row": affine.Config(8, strategy="channel"),
+    "a tensor": affine.Config(8, strategy="tensor"),
+    "fp8": fp8.Config(),
+    "nf4": nf4.Config(),
+} | {module.__name__.rpartition(".")[2]: module.Config() for module in (
+    iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0,
+)}  # fmt: skip
+every_grid = pytest.mark.parametrize("config", GRIDS.values(), ids=GRIDS)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(config, w=None):
+    w = normal(6, 512) if w is None else w
+    grid = config.bind(*w.shape, torch.float32)
+    params = fit_all(grid, w, torch.ones(w.shape[1]))
+    return QuantizedTensor(grid, encode_all(grid, w, params), params)
+
+
+@every_grid
+def test_it_begins_with_what_was_quantized(config):
+    q = rounded(config)
+    fake = FakeQuantized(q)
+    assert (fake.quantized().codes != q.codes).float().mean() < 1e-3  # nf4 stores scales of scales anew
+    torch.testing.assert_close(fake().detach(), dequantize(q), rtol=1e-2, atol=1e-4)
+
+
+@every_grid
+def test_what_it_computes_with_is_what_is_stored_to_the_bit(config):
+    fake = FakeQuantized(rounded(config))
+    for i, parameter in enumerate(fake.parameters()):
+        parameter.data += (1.0 if i == 0 else 0.1) * normal(*parameter.shape, seed=i)
+    stored = fake.quantized()
+    assert torch.equal(fake().detach(), dequantize(stored))
+    assert stored.codes.shape == (6, 512)
+    assert {name: value.shape for name, value in stored.params.items()} == {
+        name: value.shape for name, value in rounded(config).params.items()
+    }
+
+
+@every_grid
+def test_its_steps_lead_towards_the_weights_that_are_wanted(config):
+    wanted = normal(6, 512, seed=7)
+    fake = FakeQuantized(rounded(config, 0.7 * wanted + 0.3 * normal(6, 512)))
+    rate = 0.01 * len(fake.grid.table)
+    optimizer = torch.optim.Adam(
+        [{"params": [fake.places], "lr": rate}, {"params": [fake.growth, fake.shift], "lr": 0.01}]
+    )
+    before = float((fake().detach() - wanted).square().mean())
+    for _ in range(60):
+        optimizer.zero_grad()
+        (fake() - wanted).square().mean().backward()
+        optimizer.step()
+    at_best = float((dequantize(rounded(config, wanted)) - wanted).square().mean())
+    assert float((fake().detach() - wanted).square().mean()) < (before + at_best) / 2
+
+
+def straight_through(x):
+    return x + (x.round() - x).detach()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_are_those_of_the_formula(symmetric):
+    """In float64 by torch, the rounding of stored values left out: with scales of 32 bits they are close."""
+    config = affine.Config(3, 32, symmetric=symmetric, scale_dtype="float32")
+    fake = FakeQuantized(rounded(config))
+    fake.places.data += 0.7 * normal(*fake.places.shape, seed=3)  # some are far beyond the table
+    parameters = [p.detach().double().requires_grad_() for p in (fake.places, fake.growth, fake.shift)]
+    places, growth, shift = parameters
+    scale, step = fake.scale.double() * (1 + growth), fake.step.double()
+    zero = -fake.offset.double() / fake.scale.double()
+    offset = -scale * zero if symmetric else fake.offset.double() + step * shift
+    u = (places * step - offset) / scale
+    inside = (u >= -0.5) & (u <= 7.5)
+    code = torch.where(inside, straight_through(u), u.detach()).clamp(0, 7)
+    expected = (scale * code + offset).view(6, 512)
+    pull = normal(6, 512, seed=4)
+    (fake() * pull).sum().backward()
+    wanted = torch.autograd.grad((expected * pull.double()).sum(), parameters, materialize_grads=True)
+    for found, known, name in zip((fake.places, fake.growth, fake.shift), wanted, "wgs", strict=True):
+        if name == "s" and symmetric:
+            continue  # it changes nothing
+        torch.testing.assert_close(found.grad.double(), known, rtol=1e-3, atol=1e-3)
+
+
+def test_straight_gives_one_value_and_the_gradient_of_the_other():
+    x = torch.tensor([0.4, 1.6], requires_grad=True)
+    y = straight(x, x.detach().round())
+    y.backward(torch.tensor([2.0, 3.0]))
+    assert y.tolist() == [0.0, 2.0]
+    assert x.grad.tolist() == [2.0, 3.0]
