@@ -33,6 +33,8 @@ class Training(BaseModel):
     temperature: of the distillation.
     language: the share of the language model's own loss, which leads away from the float model.
     hidden: how much the error of what the output matrix reads counts beside that.
+    precision: what steps are computed in; "auto": bfloat16 on GPUs, and on processors with instructions for it. Looks at
+        held-out text are computed in float32.
     patience: how many looks at the held-out divergence, one every tenth of the steps, may pass without a better one.
     text: to train on; by default all of the calibration text.
     """
@@ -48,6 +50,7 @@ class Training(BaseModel):
     temperature: float = Field(default=1.0, gt=0, le=100)
     language: float = Field(default=0.0, ge=0, le=1)
     hidden: float = Field(default=0.0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     patience: int = Field(default=3, ge=1)
     text: TextSource | None = None
     seed: int = 0

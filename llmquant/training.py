@@ -72,6 +72,9 @@ class Student(nn.Module):
                 self.floats[name] = stream.checkpoint.infos[name].dtype
 
     def forward(self, tokens: Int[Tensor, "sequences time"], hidden: bool) -> Predictions:
+        return self.predict(tokens, hidden)
+
+    def predict(self, tokens: Int[Tensor, "sequences time"], hidden: bool = False) -> Predictions:
         """hidden: also return what the output matrix reads."""
         given: dict[str, Tensor] = {}
         for linear, weight, places in zip(self.linears, self.fakes, self._places, strict=True):
@@ -182,8 +185,8 @@ class _Trainer:
     ) -> None:
         """stream: of the float model, loaded here as a whole. kept: what the work folder holds of this training."""
         self._log, self._text, self._settings, self._ranks = log, text, settings, stream.ranks
-        cpu = stream.device.type == "cpu"
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
+        low = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_in_16_bits(stream.device))
+        self._accelerator = Accelerator(cpu=stream.device.type == "cpu", mixed_precision="bf16" if low else "no")
         stream.load()
         stream.load_layers()
         self._teacher = stream.model
@@ -261,9 +264,8 @@ class _Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in torch.split(own, max(BATCH_TOKENS // own.shape[1], 1)):
             tokens = batch.to(self._accelerator.device)
-            with self._accelerator.autocast():
-                logits = self._student(tokens, False).logits
-                theirs = self._teacher(input_ids=tokens, use_cache=False).logits
+            logits = self._student.predict(tokens).logits  # in 32 bits
+            theirs = self._teacher(input_ids=tokens, use_cache=False).logits
             total += torch.tensor([float(divergence(logits, theirs)) * len(batch), len(batch)], dtype=torch.float64)
         ranks.add(total)
         found = float(total[0] / total[1])
@@ -333,6 +335,11 @@ def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
         {"params": [fake.places], "lr": settings.rate},
         {"params": [fake.growth, fake.shift], "lr": settings.scale_rate},
     ]
+
+
+def _fast_in_16_bits(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices are faster than those of float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def chosen(step: int, count: int, available: int, seed: int) -> list[int]:
