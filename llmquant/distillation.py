@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from llmquant.data import TextSource
 
+TOKENS, LOGITS = 4096, 1 << 26  # at once, at most, where a sequence has not more
+
 
 class Training(BaseModel):
     """Train the quantized model to predict what the float model does.
@@ -33,8 +35,8 @@ class Training(BaseModel):
     temperature: of the distillation.
     language: the share of the language model's own loss, which leads away from the float model.
     hidden: how much the error of what the output matrix reads counts beside that.
-    precision: what steps are computed in; "auto": bfloat16 on GPUs, and on processors with instructions for it. Looks at
-        held-out text are computed in float32.
+    precision: what steps are computed in; "auto": bfloat16 on GPUs, and on processors with instructions for it.
+        Held-out text is computed in float32.
     patience: how many looks at the held-out divergence, one every tenth of the steps, may pass without a better one.
     text: to train on; by default all of the calibration text.
     """
@@ -54,6 +56,11 @@ class Training(BaseModel):
     patience: int = Field(default=3, ge=1)
     text: TextSource | None = None
     seed: int = 0
+
+
+def together(vocabulary: int, length: int) -> int:
+    """Return how many sequences of a length are computed at once: both models' logits of them are in memory."""
+    return max(min(TOKENS, LOGITS // vocabulary) // length, 1)
 
 
 class Predictions(NamedTuple):

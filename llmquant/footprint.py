@@ -16,6 +16,7 @@ from typing import get_args
 
 import torch
 
+from llmquant import distillation
 from llmquant.errors import PlanError
 from llmquant.gradients import ROWS
 from llmquant.layers import informing
@@ -96,6 +97,7 @@ def check_fits(plan: Plan, room: int) -> None:
         "start": "The embedding and the output matrix alone take that",
         "gradients": "Leave out `algorithm.two_sided` and `learned_rounding`",
         "layers": f"Leave out `{'` or `'.join(costly)}`" if costly else "Take an algorithm that needs no Hessian",
+        "training": "Train layer by layer: --set training.scope=layers",
         "writing": "Give it fewer threads (OMP_NUM_THREADS)",
     }[phase]
     raise PlanError(
@@ -164,7 +166,8 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     """Return the peak of every phase, of the memory that layers are computed in."""
     hidden, element = computing.hidden, computing.element
     if plan.needs == "nothing":
-        return {"writing": (0 if computing.gpu else RUNTIME) + writing}
+        writes = {"writing": (0 if computing.gpu else RUNTIME) + writing}
+        return writes | _training(plan, computing, text)
     recipe = plan.recipe
     outside = element * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
     outside += element * sum(x.weights for x in plan.of_layer(None))
@@ -210,7 +213,21 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
         read = 0 if placement == "files" else element * hidden * text.gradients * (plan.layers + 1)
         graph = max(BACKWARD * text.batch * width * element // 4, 6 * 4 * text.length * computing.vocabulary)
         found["gradients"] = base + outside + layer + held + read + graph
-    return found
+    return found | _training(plan, computing, text)
+
+
+def _training(plan: Plan, computing: Computing, text: Text) -> dict[str, int]:
+    """Return the peak of training all layers together: two models, and the graph of one."""
+    settings = plan.recipe.training
+    if settings is None or not plan.recipe.trains_model:
+        return {}
+    of_layer = plan.of_layer(0)
+    width = 4 * computing.hidden + 3 * max((x.cols for x in of_layer), default=0)
+    length = text.length or 1
+    at_once = min(distillation.together(computing.vocabulary, length) * length, max(settings.tokens, length))
+    graph = at_once * (TRAINING * plan.layers * width + LOGITS * computing.vocabulary)
+    weights = computing.element * plan.weights + TRAINED * sum(x.weights for x in plan.quantized.values())
+    return {"training": (0 if computing.gpu else RUNTIME + CALIBRATING) + weights + graph}
 
 
 def _writing(plan: Plan, exporters: Mapping[str, ModuleType]) -> int:

@@ -180,7 +180,7 @@ def text_of(stream: Stream, plan: Plan) -> footprint.Text:
     """Return how many tokens each rank computes."""
     calibration = plan.recipe.calibration
     if calibration is None:
-        return footprint.Text()
+        return footprint.Text(length=min(stream.context, 2048))
     length = calibration.length or min(stream.context, 2048)
     tokens = math.ceil(calibration.sequences / stream.ranks.size) * length
     batch = max(BATCH_TOKENS // length, 1) * length

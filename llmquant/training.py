@@ -31,7 +31,7 @@ from llmquant.fake import FakeQuantized, straight
 from llmquant.grid import QuantizedTensor
 from llmquant.plan import Plan
 from llmquant.progress import Progress
-from llmquant.stream import BATCH_TOKENS, Stream
+from llmquant.stream import Stream
 
 LOOKS = 10  # at the held-out divergence, in a whole training
 KEEP = 60.0  # seconds after which the state is written again
@@ -190,6 +190,7 @@ class _Trainer:
         stream.load()
         stream.load_layers()
         self._teacher = stream.model
+        self._together = distillation.together(stream.vocabulary, text.tokens.shape[1])
         changed = work.Transformed(stream.checkpoint, log, range(plan.layers))
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
         own.dtype = torch.float32
@@ -236,8 +237,7 @@ class _Trainer:
         count = max(math.ceil(settings.tokens / self._text.tokens.shape[1] / ranks.size), 1) * ranks.size
         these = chosen(self._told.step, count, len(self._text.tokens), settings.seed)
         tokens = self._text.tokens[these[ranks.rank :: ranks.size]]
-        size = max(BATCH_TOKENS // tokens.shape[1], 1)
-        batches = torch.split(tokens, size)
+        batches = torch.split(tokens, self._together)
         total = 0.0
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -262,7 +262,7 @@ class _Trainer:
         told, ranks = self._told, self._ranks
         own = self._text.held_out[::2][ranks.rank :: ranks.size]
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in torch.split(own, max(BATCH_TOKENS // own.shape[1], 1)):
+        for batch in torch.split(own, self._together):
             tokens = batch.to(self._accelerator.device)
             logits = self._student.predict(tokens).logits  # in 32 bits
             theirs = self._teacher(input_ids=tokens, use_cache=False).logits
