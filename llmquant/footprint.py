@@ -38,9 +38,12 @@ FACTORED = 16  # the same while rows are rounded
 EXPERT = 2  # Hessians of all tokens beside those of an expert's own
 CORRECTION = 20  # what a mismatch needs beside the Hessian
 MARGIN = 0.8  # of the room, that a faster placement may fill: a peak has been a sixth higher than foretold
+TRAINED = 28  # places and gradients, AdamW's moments, weights and codes, while a model is trained
 # For each token and column, of what a layer computes in a batch:
 FORWARD = 2.5
 BACKWARD = 25
+TRAINING = 8
+LOGITS = 24  # for each token and word, of two models' predictions and what is computed of them
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,10 @@ def _scratch(plan: Plan, computing: Computing, text: Text, placement: Placement)
                 linears = plan.named(index, [name])
                 rows = linears[0].rows if linears else hidden  # what adds up the experts' outputs is no linear
                 information += rows * min(rows, ROWS)
-    return batches + 4 * information
+    kept = 0
+    if recipe.trains_model:  # places, AdamW's moments, and what was best
+        kept = 12 * sum(x.weights for x in plan.quantized.values()) + plan.work_bytes
+    return max(batches + 4 * information, kept)
 
 
 def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement: Placement) -> dict[str, int]:
