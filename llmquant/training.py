@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -150,25 +151,33 @@ def train(
         _Trainer(plan, stream, log, text, settings, log.training()).run(progress)
     found = log.training()
     assert found is not None
+    known = {*plan.parts, *plan.float_parts}
     parts: dict[int | str, dict[str, Tensor]] = {}
     for name, value in found[0].items():
-        parts.setdefault(part_of(plan, name), {})[name] = value
+        part = part_of(plan, name)
+        if part not in known:
+            raise log.damaged_training(f"{name} belongs to no part of this model")
+        parts.setdefault(part, {})[name] = value
     for part, tensors in parts.items():
         log.replace(part, tensors)
-    return {key: found[1][key] for key in ("step", "best", "losses", "held_out", "seconds")}
+    try:
+        return {key: found[1][key] for key in ("step", "best", "losses", "held_out", "seconds")}
+    except KeyError as error:
+        raise log.damaged_training(f"it does not tell {error}") from None
 
 
 def finished(log: work.Work) -> bool:
     """Whether a work folder's training is over."""
     found = log.training()
-    return found is not None and bool(found[1]["finished"])
+    return found is not None and found[1].get("finished") is True
 
 
 def part_of(plan: Plan, name: str) -> int | str:
     """Return the part of a work folder that a tensor belongs to, by its name there: a layer, or a module outside."""
     module = name.removeprefix(work.FLOAT).rpartition(".")[0] if name.startswith(work.FLOAT) else name.partition(":")[0]
     below = module.removeprefix(f"{plan.spec.layers}.")
-    return module if below == module else int(below.partition(".")[0])
+    number = below.partition(".")[0]
+    return module if below == module or not number.isdecimal() else int(number)
 
 
 class _Trainer:
@@ -186,6 +195,7 @@ class _Trainer:
         """stream: of the float model, loaded here as a whole. kept: what the work folder holds of this training."""
         self._log, self._text, self._settings, self._ranks = log, text, settings, stream.ranks
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_in_16_bits(stream.device))
+        AcceleratorState._reset_state(reset_partial_state=True)  # it refuses another precision in the same process
         self._accelerator = Accelerator(cpu=stream.device.type == "cpu", mixed_precision="bf16" if low else "no")
         stream.load()
         stream.load_layers()
@@ -262,7 +272,7 @@ class _Trainer:
         told, ranks = self._told, self._ranks
         own = self._text.held_out[::2][ranks.rank :: ranks.size]
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in torch.split(own, self._together):
+        for batch in torch.split(own, self._together) if len(own) else ():
             tokens = batch.to(self._accelerator.device)
             logits = self._student.predict(tokens).logits  # in 32 bits
             theirs = self._teacher(input_ids=tokens, use_cache=False).logits
@@ -282,29 +292,45 @@ class _Trainer:
 
     def _save(self) -> None:
         """Write all that the next step depends on; after the last one, what was best."""
-        if self._told.finished:
-            self._log.save_training(self._best, asdict(self._told))
-            return
-        tensors = {f"best.{name}": value for name, value in self._best.items()}
-        tensors |= {f"student.{name}": value for name, value in self._student.changing().items()}
-        for i, parameter in enumerate(p for group in self._optimizer.param_groups for p in group["params"]):
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in self._optimizer.state[parameter].items()}
+        tensors = self._best if self._told.finished else self._state()
         self._log.save_training(tensors, asdict(self._told))
 
+    def _state(self) -> dict[str, Tensor]:
+        found = {f"best.{name}": value for name, value in self._best.items()}
+        found |= {f"student.{name}": value for name, value in self._student.changing().items()}
+        for i, parameter in enumerate(self._parameters):
+            found |= {f"optimizer.{i}.{name}": value for name, value in self._optimizer.state[parameter].items()}
+        return found
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
     def _go_on_from(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
-        pairs = {key: [(int(step), float(value)) for step, value in told[key]] for key in ("losses", "held_out")}
-        self._told = _Told(**{**told, **pairs})
-        parts: dict[str, dict[str, Tensor]] = {"best": {}, "student": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, key = name.partition(".")
-            parts[part][key] = value
-        self._best = parts["best"]
-        changing = self._student.changing()
-        for name, value in parts["student"].items():
-            changing[name].copy_(value)
-        for i, parameter in enumerate(p for group in self._optimizer.param_groups for p in group["params"]):
-            of_this = {k.partition(".")[2]: v for k, v in parts["optimizer"].items() if k.startswith(f"{i}.")}
-            self._optimizer.state[parameter].update(of_this)
+        """Take up what ``_save`` wrote; raise CheckpointError where that is something else."""
+        try:
+            pairs = {key: [(int(step), float(value)) for step, value in told[key]] for key in ("losses", "held_out")}
+            self._told = _Told(**{**told, **pairs})
+        except (TypeError, ValueError, KeyError):
+            raise self._log.damaged_training("it does not tell its steps") from None
+        self._best = {name.removeprefix("best."): v for name, v in tensors.items() if name.startswith("best.")}
+        if self._told.step:
+            for parameter in self._parameters:
+                self._optimizer.state[parameter].update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
+        own = self._state()
+        wanted = {f"best.{name}": value for name, value in self._student.stored().items()}
+        wanted |= {name: value for name, value in own.items() if not name.startswith("best.")}
+        for name in wanted.keys() | tensors.keys():
+            found, should = (x.get(name) for x in (tensors, wanted))
+            if found is None or should is None or (found.shape, found.dtype) != (should.shape, should.dtype):
+                raise self._log.damaged_training(f"{name} is not what this training keeps")
+        for name, value in own.items():
+            if not name.startswith("best."):
+                value.copy_(tensors[name])
 
 
 class AdamSteps:

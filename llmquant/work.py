@@ -127,6 +127,10 @@ class Work:
         path = self.folder / TRAINING
         self._ranks.from_first(lambda: atomic_save(path, kept, {"told": json.dumps(told)}, KEPT))
 
+    def damaged_training(self, what: str) -> CheckpointError:
+        """Return what to raise where it was something else."""
+        return _damaged(self.folder / TRAINING, what)
+
     def training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was kept last; None before there was anything."""
         path = self.folder / TRAINING

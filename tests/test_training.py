@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmquant import api, cli, data, demo, distillation, evaluation, recipe, run, training
@@ -12,6 +12,7 @@ from llmquant.errors import CheckpointError, DataError, NumericsError, RecipeErr
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
 from tests.test_moe import saved  # noqa: F401
+from tests.test_ranks import begin, command, end
 
 TINY = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "pad_token_id": None}
 W2 = ["grid.bits=2", "formats=[compressed_tensors]"]
@@ -252,3 +253,52 @@ def test_the_command_trains_and_tells_what_it_gained(llama, calibrated, tmp_path
     assert result.exit_code == 0, result.output
     assert "trained 6 steps: KLD on held-out text" in result.output
     assert read_json(tmp_path / "facts.json")["training"]["step"] == 6
+
+
+@pytest.mark.parametrize("told", ["{}", '{"step": "x", "losses": [], "held_out": [], "finished": false}'])
+def test_a_damaged_state_is_refused(told, llama, calibrated, tmp_path):
+    chosen = recipe.load("rtn-w4g128", [*calibrated, *W2, *settings(4)])
+
+    def die(what, done, total):
+        if what.startswith("training") and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    path = tmp_path / "out.work" / "training.safetensors"
+    save_file(load_file(path), path, metadata={"told": told})
+    with pytest.raises(CheckpointError, match=r"training\.safetensors: is damaged"):
+        run.quantize(llama, chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["float:../../beside.weight", "model.layers.7.mlp.up_proj:codes", "float:a.b"])
+def test_a_finished_state_of_something_else_is_refused_and_nothing_is_written(name, llama, calibrated, tmp_path):
+    chosen = recipe.load("rtn-w4g128", [*calibrated, *W2, *settings(2)])
+    run.quantize(llama, chosen, tmp_path / "out", tmp_path / "work")
+    path = tmp_path / "work" / "training.safetensors"
+    save_file({name: torch.zeros(2)}, path, metadata={"told": '{"finished": true}'})
+    with pytest.raises(CheckpointError, match="belongs to no part of this model"):
+        run.quantize(llama, chosen, tmp_path / "again", tmp_path / "work")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "work"]
+
+
+def test_two_trainings_in_one_process_may_differ_in_their_precision(llama, calibrated, tmp_path):
+    best = []
+    for precision in ("float32", "bfloat16"):
+        more = settings(4, precision=precision)
+        report = api.quantize(llama, "rtn-w4g128", tmp_path / precision, changes=[*calibrated, *W2, *more])
+        best.append(report.training["best"])
+    assert best[0] == pytest.approx(best[1], rel=0.05)
+    assert best[0] != best[1]
+
+
+def test_two_processes_train_what_one_does(llama, calibrated, tmp_path):
+    changes = [*calibrated, *W2, *settings(6, precision="float32")]
+    told = end(begin(2, *command(llama, "rtn-w4g128", changes, tmp_path / "together")))
+    assert [code for code, _, _ in told] == [0, 0], told
+    report = api.quantize(llama, "rtn-w4g128", tmp_path / "alone", changes=changes, evaluate=False)
+    ours, theirs = (open_model(tmp_path / name) for name in ("alone", "together"))
+    apart = [float((ours.read(n) != theirs.read(n)).float().mean()) for n in (f"{name}.weight" for name in ours.packed)]
+    assert max(apart) < 0.01
+    assert report.training["best"] < report.training["held_out"][0][1]
