@@ -415,11 +415,11 @@ def _taken_up(out: Path, model: str | Path, chosen: Sequence[Recipe]) -> Iterato
 
     Raises OutputError where it is not free, or where the note tells another model, or other recipes by these names.
     """
-    files = {one.name: [one.imatrix, *(x and x.path for x in (one.calibration, one.selection))] for one in chosen}
+    files = {one.name: [one.imatrix, *(x.path for x in one.texts)] for one in chosen}
     recipes_ = {
         one.name: {
             "recipe": one.model_dump(mode="json", exclude_defaults=True),
-            "files": {str(path): Digest(path).hexdigest() for path in files[one.name] if path},
+            "files": {str(path): Digest(path).hexdigest() for path in files[one.name] if path and path.is_file()},
         }
         for one in chosen
     }

@@ -28,6 +28,7 @@ BATCH = 64  # documents tokenized at a time; more would read a stream further th
 HELD_OUT = 16  # sequences kept back to measure on, as far as the text gives them
 SPARE = 4  # a stream is read until it gives this many times the sequences asked for
 MOST_TEXT = 2_000_000_000  # bytes of a file, unpacked
+PIECE = 1 << 24  # bytes that are read at a time
 
 
 class TextSource(BaseModel):
@@ -269,7 +270,11 @@ def _read(path: Path) -> str:
         if path.is_char_device() or path.is_block_device():
             raise DataError(f"{path}: is a device, not a text")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MOST_TEXT + 1)
+            pieces, left = [], MOST_TEXT + 1
+            while left and (piece := file.read(min(left, PIECE))):  # a buffer of all that is asked for comes first
+                pieces.append(piece)
+                left -= len(piece)
+        raw = b"".join(pieces)
         if len(raw) > MOST_TEXT:
             raise DataError(f"{path}: has more than {MOST_TEXT / 1e9:.0f} GB of text. Give a part of it")
         text = raw.decode("utf-8-sig")

@@ -177,6 +177,12 @@ class Recipe(BaseModel):
             plugins.load("exporters", name, f"formats.{i}")
 
     @property
+    def texts(self) -> list[TextSource]:
+        """Every text that it reads."""
+        training = self.training and self.training.text
+        return [text for text in (self.calibration, self.selection, training) if text]
+
+    @property
     def tunes_layers(self) -> bool:
         """Whether each layer is tuned on its own output, before the next one is begun."""
         return self.learned_rounding is not None or (self.training is not None and self.training.scope == "layers")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmquant import api
-from llmquant.errors import OutputError
+from llmquant.errors import LlmquantError, OutputError
 
 RECIPES = ["rtn-w4g128", "gptq-plain-w4g128"]
 
@@ -89,3 +89,14 @@ def test_a_comparison_does_not_write_into_the_folder_of_something_else(llama, ca
     with pytest.raises(OutputError, match="exists and is not an empty folder"):
         api.compare(llama, RECIPES, tmp_path / "out", changes=calibrated)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("imatrix=/dev/zero", "/dev/zero"), ("calibration.path=/nowhere.txt", "/nowhere.txt: cannot be read")],
+)
+def test_a_file_that_cannot_be_read_is_named(change, told, llama, calibrated, texts, tmp_path):
+    changes = [*(calibrated[-1:] if "imatrix" in change else calibrated), change]
+    name = "rtn-w4g128" if "imatrix" in change else "gptq-plain-w4g128"
+    with pytest.raises(LlmquantError, match=told):
+        api.compare(llama, [name], tmp_path / "out", text=texts / "evaluation.txt", changes=changes)
