@@ -35,7 +35,7 @@ class GgufCheckpoint(Checkpoint):
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
         spec = moe.unfused(model, spec_for(self.config))
-        self._conv1d = spec.conv1d
+        self._turned = f"{spec.layers}." if spec.conv1d else None
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
         if config.get_text_config().tie_word_embeddings:
@@ -84,7 +84,7 @@ class GgufCheckpoint(Checkpoint):
             values = torch.empty_like(values).index_copy_(0, entry.rows, values)
         if entry.plus_one:
             values = values - 1
-        if self._conv1d and values.ndim == 2 and values.shape != wanted:
+        if self._turned and name.startswith(self._turned) and values.ndim == 2:
             values = values.T
         if values.shape != wanted:
             raise CheckpointError(
