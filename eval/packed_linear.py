@@ -7,7 +7,8 @@ float32 and bfloat16, beside float linears in both. All sides run in turns, many
 each time is a median, and a ratio is the median of the ratios of neighbouring runs, so
 that what else the machine does cancels. Between runs, a buffer larger than the caches is
 read, because in a model other weights pass between two visits. ``torch int8`` is torch's
-kernel for one scale a row, which llmquant does not use. The error is that of the outputs,
+kernel for one scale a row, which llmquant does not use. On a machine with other work,
+``--cpu-time`` counts the time of this process alone; it needs one thread. The error is that of the outputs,
 beside float64 sums over the decoded weights (for float linears, that of their own weights).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 from checkout import commit
-from int8_speed import cpu, seconds
+from int8_speed import cpu
 from torch import Tensor, nn
 
 from llmquant import plugins
@@ -99,18 +101,23 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=50)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up what all threads take. Add --threads 1")
+    clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     all_sides = sides(args.rows, args.cols)
     others = torch.ones(16 << 20)  # 64 MB
+    command = f"--rows {args.rows} --cols {args.cols} --batches {' '.join(map(str, args.batches))}"
+    command += f" --threads {args.threads} --repeat {args.repeat}{' --cpu-time' if args.cpu_time else ''}"
     lines = [
         f"# A linear of {args.rows} x {args.cols} that stays packed",
         "",
-        f"`python eval/packed_linear.py --rows {args.rows} --cols {args.cols} --batches "
-        f"{' '.join(map(str, args.batches))} --threads {args.threads} --repeat {args.repeat}`, commit {commit()}; "
-        f"{cpu()}, {args.threads} threads, torch {torch.__version__}, weights out of cache, medians of runs in turns. "
-        "Ratios above 1: faster than the float linear of that dtype.",
+        f"`python eval/packed_linear.py {command}`, commit {commit()}; {cpu()}, {args.threads} threads, "
+        f"torch {torch.__version__}, weights out of cache, medians of runs in turns. Ratios above 1: faster than the "
+        "float linear of that dtype.",
     ]
     for batch in args.batches:
         x = torch.randn(batch, args.cols, generator=torch.Generator().manual_seed(1))
@@ -119,9 +126,10 @@ def main() -> None:
         for i in range(args.repeat + 1):
             for name, side in all_sides.items():
                 others.sum()
-                taken = seconds(lambda side=side, name=name: side.module(inputs[name]))
+                started = clock()
+                side.module(inputs[name])
                 if i:
-                    times[name].append(taken)
+                    times[name].append(clock() - started)
         table = []
         for name, side in all_sides.items():
             exact = inputs[name].double() @ side.weight.double().T

@@ -111,7 +111,8 @@ def bench(
     for (path, runtime), found, (format_, weights, peak) in zip(runs, rounds, sizes, strict=True):
         first = statistics.median(f for f, _ in found)
         prompt, generation = (
-            statistics.median(theirs[i] / mine[i] for theirs, mine in zip(rounds[0], found, strict=True)) for i in (0, 1)
+            statistics.median(theirs[i] / mine[i] for theirs, mine in zip(rounds[0], found, strict=True))
+            for i in (0, 1)
         )
         rate = 1 / statistics.median(later for _, later in found)
         costs.append(

@@ -306,7 +306,9 @@ def generate(
     path: Annotated[str, typer.Argument(help="A model folder, float or packed, a GGUF file or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on after.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time. Above: draw tokens.", min=0)] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time. Above: draw tokens.", min=0)
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -321,16 +323,20 @@ def generate(
 
     with _progress(again=False):
         model, tokenizer = inference.load(path, dtype, device, trust), inference.load_tokenizer(path, trust)
-    text = inference.generate(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        say=lambda piece: out.print(escape(piece), end="", soft_wrap=True, highlight=False),
-    )
-    out.print()
+    try:
+        text = inference.generate(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            say=lambda piece: out.print(escape(piece), end="", soft_wrap=True, highlight=False),
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + _signals[0]) from None
+    finally:
+        out.print()
     _write(facts, {"prompt": prompt, "text": text})
 
 

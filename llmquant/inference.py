@@ -18,7 +18,7 @@ from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import spec_for
 from llmquant.packed import open_model
 from llmquant.run import device_of
-from llmquant.runtime.coded import Coded, CodedEmbedding, linear
+from llmquant.runtime.coded import Coded, CodedEmbedding, Int4Linear, linear
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.stream import Stream, context_of
 
@@ -100,9 +100,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the memory that a model's weights take, each counted once."""
-    storages = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
-    packed = sum(m.kernel_bytes for m in model.modules() if isinstance(m, QuantizedLinear))
-    return packed + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    ours = [m for m in model.modules() if isinstance(m, Coded | Int4Linear | QuantizedLinear)]
+    tensors = [*model.parameters(), *(buffer for module in ours for buffer in module.buffers())]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()) + sum(m.kernel_bytes for m in ours if isinstance(m, QuantizedLinear))
 
 
 @torch.no_grad()

@@ -210,7 +210,9 @@ def coded(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -
     order = by_group(group, scale.shape[1])
     if order is not None:
         codes = codes[:, order]
-    return Coded(codes, torch.arange(2.0**bits), {"scale": scale.contiguous(), "zero": zero.contiguous()}, affine, order)
+    return Coded(
+        codes, torch.arange(2.0**bits), {"scale": scale.contiguous(), "zero": zero.contiguous()}, affine, order
+    )
 
 
 def _read(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from llmquant import kernels
@@ -55,11 +55,11 @@ class Coded(nn.Module):
         self,
         codes: UInt8[Tensor, "rows cols"],
         table: Float[Tensor, " levels"],
-        params: Mapping[str, Shaped[Tensor, "rows *_"]],
+        params: Mapping[str, Tensor],
         levels: Levels,
         order: Int[Tensor, " cols"] | None = None,
     ) -> None:
-        """params: what the file stores for each row. levels: makes scales and offsets of it."""
+        """params: what the file stores, each [rows, ...]. levels: makes scales and offsets of it."""
         super().__init__()
         self.rows, self.cols = codes.shape
         halves = len(table) <= 16 and self.cols // levels({k: v[:1] for k, v in params.items()})[0].shape[1] % 2 == 0
