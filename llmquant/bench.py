@@ -29,6 +29,7 @@ from llmquant.evaluation import Runtime
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.packed import open_model
 from llmquant.progress import Progress, silent
+from llmquant.stream import context_of
 
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
@@ -197,6 +198,12 @@ def _serve(pipe: Connection, path: str, runtime: Runtime, settings: Settings, th
 def _in_torch(path: str, settings: Settings) -> tuple[Callable[[], Round], int, Callable[[], int]]:
     """Return what measures a model once, the bytes of its weights, and what tells the peak memory."""
     model = inference.load(path, settings.dtype, settings.device, settings.trust_remote_code)
+    context = context_of(model.config)
+    if settings.prompt + settings.generated > context:
+        raise DataError(
+            f"{path}: takes {context} tokens at most, not {settings.prompt} and {settings.generated} more. "
+            "Lower --prompt or --generated"
+        )
     ids = torch.tensor([_prompt(inference.load_tokenizer(path)(TEXT)["input_ids"], settings)], device=model.device)
     cuda = model.device.type == "cuda"
 

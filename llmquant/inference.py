@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmquant import data
 from llmquant.checkpoint import Checkpoint, by_library, check_finite
-from llmquant.errors import DataError, LlmquantError
+from llmquant.errors import CheckpointError, DataError, LlmquantError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import spec_for
 from llmquant.packed import open_model
@@ -74,6 +74,12 @@ class _Replacements:
         weight = self._embedding if self.tied and name == self._spec.head else self._coded(name)
         if weight is None:
             return None
+        shape = tuple(module.get_parameter("weight").shape)
+        if (weight.rows, weight.cols) != (shape[::-1] if isinstance(module, Conv1D) else shape):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {name} has {weight.rows} rows of {weight.cols} columns, but the model's "
+                f"configuration asks for a weight {list(shape)}"
+            )
         if not isinstance(module, nn.Embedding):
             return linear(weight, self.dtype)
         if name == self._spec.embed:

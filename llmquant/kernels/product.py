@@ -76,13 +76,15 @@ def _products(
     each = x.shape[1] // groups  # bytes
     first = levels[0]
     for row in range(start, stop):
+        line, scales, offsets = packed[row], scale[row], offset[row]
         for token in range(len(x)):
+            x_, odd_, sums_ = x[token], odd[token], sums[token]  # of one dimension, a slice is known to be contiguous
             total = ZERO
             for g in range(groups):
-                codes, left = packed[row, g * each : (g + 1) * each], x[token, g * each : (g + 1) * each]
+                codes, left = line[g * each : (g + 1) * each], x_[g * each : (g + 1) * each]
                 acc = ZERO
                 if nibbles:
-                    right = odd[token, g * each : (g + 1) * each]
+                    right = odd_[g * each : (g + 1) * each]
                     if even:
                         for i in range(each):
                             acc += np.float32(codes[i] & LOW) * left[i] + np.float32(codes[i] >> HALF) * right[i]
@@ -96,8 +98,8 @@ def _products(
                     for i in range(each):
                         acc += levels[codes[i]] * left[i]
                 if even:
-                    acc += first * sums[token, g]
-                total += scale[row, g] * acc + offset[row, g] * sums[token, g]
+                    acc += first * sums_[g]
+                total += scales[g] * acc + offsets[g] * sums_[g]
             y[row, token] = total
 
 
@@ -117,12 +119,13 @@ def _weights(
     cols = w.shape[1] // groups
     first = levels[0]
     for row in range(start, stop):
+        line, w_ = packed[row], w[row]
         for g in range(groups):
-            s, o, out = scale[row, g], offset[row, g], w[row, g * cols : (g + 1) * cols]
+            s, o, out = scale[row, g], offset[row, g], w_[g * cols : (g + 1) * cols]
             if even:
                 o += s * first
             if nibbles:
-                codes = packed[row, g * cols // 2 : (g + 1) * cols // 2]
+                codes = line[g * cols // 2 : (g + 1) * cols // 2]
                 if even:
                     for i in range(len(codes)):
                         out[2 * i] = s * np.float32(codes[i] & LOW) + o
@@ -132,7 +135,7 @@ def _weights(
                         out[2 * i] = s * levels[codes[i] & LOW] + o
                         out[2 * i + 1] = s * levels[codes[i] >> HALF] + o
             else:
-                codes = packed[row, g * cols : (g + 1) * cols]
+                codes = line[g * cols : (g + 1) * cols]
                 if even:
                     for i in range(cols):
                         out[i] = s * np.float32(codes[i]) + o

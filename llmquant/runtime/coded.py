@@ -63,7 +63,8 @@ class Coded(nn.Module):
         super().__init__()
         self.rows, self.cols = codes.shape
         halves = len(table) <= 16 and self.cols // levels({k: v[:1] for k, v in params.items()})[0].shape[1] % 2 == 0
-        self.register_buffer("packed", codes[:, ::2] | (codes[:, 1::2] << 4) if halves else codes.contiguous())
+        packed = codes[:, ::2] | (codes[:, 1::2] << 4) if halves else codes
+        self.register_buffer("packed", packed.contiguous())
         self.register_buffer("table", table)
         self.register_buffer("order", order)
         self._levels = levels
@@ -95,7 +96,7 @@ class Coded(nn.Module):
         flat = x.reshape(-1, self.cols)
         y = flat.new_empty(len(flat), self.rows)
         if len(flat) <= FEW and x.device.type == "cpu":
-            floats = flat.float() if self.order is None else flat.float()[:, self.order]
+            floats = (flat if self.order is None else flat[:, self.order]).float().contiguous()
             for rows in self._pieces(4 * PIECE) if len(flat) else ():
                 y[:, rows] = kernel.product(floats, self.packed[rows], self.table, *self.levels(rows)).to(x.dtype)
         else:
@@ -173,7 +174,7 @@ class Int4Linear(nn.Module):
         if not len(flat):
             return x.new_zeros(*x.shape[:-1], self.out_features)
         flat = flat if self.order is None else flat[:, self.order]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self._group, self.levels)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self._group, self.levels)
         y = y[:, : self.out_features].view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
