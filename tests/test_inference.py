@@ -54,7 +54,8 @@ RECIPES = {
     "fp4": {"grid": {"name": "fp4", "double_quant": False}, "formats": ["bitsandbytes"]},
     "gguf": {"mixture": {"name": "q4_0", "overrides": MIXED}, "formats": ["gguf"]},
 }
-EXACT, ROUNDED = 1e-5, 0.03  # of the largest logit: float32; bfloat16, or activations that are rounded to 8 bits
+EXACT, ROUNDED = 1e-5, 0.03
+"""Of the largest logit: in float32; in bfloat16, or with activations that are rounded to 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,8 @@ def test_a_loaded_model_gives_the_logits_of_its_decoded_weights(name, packed):
     rounds = "activations" in name
     kinds = assert_same(packed(name), "float32", ROUNDED if rounds else EXACT)
     assert (QuantizedLinear if rounds else CodedLinear) in kinds
-    assert_same(packed(name), "bfloat16", 2 * ROUNDED)
+    if not rounds:  # else inputs in bfloat16 are rounded to other levels, which are few
+        assert_same(packed(name), "bfloat16", 2 * ROUNDED)
 
 
 def test_bfloat16_goes_through_torch_s_kernel(packed):

@@ -12,9 +12,8 @@ Few tokens are multiplied with the codes, in float32, by a compiled kernel
 decoded and multiplied in the dtype of the activations.
 
 In bfloat16 on the CPU, codes of 4 bits or fewer go through torch's own kernel
-(``Int4Linear``). In float32 that is a plain loop, ten times slower than a float
-matrix; so is its kernel for 8 bits, which in bfloat16 is no faster than ours
-(eval/results/packed_linear.md).
+(``Int4Linear``; eval/results/packed_linear.md). In float32 that kernel is a plain loop,
+ten times slower than a float matrix.
 """
 
 from __future__ import annotations
