@@ -5,11 +5,15 @@ from importlib.metadata import version
 from typing import Any
 
 __version__ = version("llmquant")
-__all__ = ["compare", "evaluate", "quantize", "train"]
+_INTERFACE = {
+    **dict.fromkeys(["compare", "evaluate", "quantize", "train"], "llmquant.api"),
+    **dict.fromkeys(["generate", "load", "load_tokenizer"], "llmquant.inference"),
+}
+__all__ = ["compare", "evaluate", "generate", "load", "load_tokenizer", "quantize", "train"]
 
 
 def __getattr__(name: str) -> Any:
     # the interface imports torch and transformers; `llmquant --help` should not
-    if name in __all__:
-        return getattr(import_module("llmquant.api"), name)
+    if name in _INTERFACE:
+        return getattr(import_module(_INTERFACE[name]), name)
     raise AttributeError(f"module 'llmquant' has no attribute {name!r}")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from llmquant.errors import CheckpointError, LlmquantError, OutputError
 from llmquant.files import replacing, write_json
 from llmquant.models.spec import ModelSpec
+from llmquant.runtime.coded import Coded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -161,6 +162,10 @@ class Checkpoint:
 
     def operator(self, name: str, device: torch.device) -> nn.Module | None:
         """Return the module that computes the linear ``name`` as a runtime does; None where its weight says it all."""
+        return None
+
+    def coded(self, name: str) -> Coded | None:
+        """Return the weight of a linear or embedding as it is stored; None where it is not quantized."""
         return None
 
     def align(self, spec: ModelSpec) -> None:

@@ -39,6 +39,7 @@ OutFolder = Annotated[Path, typer.Option("--out", help="The new folder.")]
 Changes = Annotated[list[str], typer.Option("--set", help="key.path=value of the recipe; may be repeated.")]
 Formats = Annotated[list[str], typer.Option("--format", help="Container to write; may be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Of activations: auto (float32 on the CPU), float32 or bfloat16.")]
 Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wikitext2.")]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="gptq, llama.cpp, sliding or word.")]
 Memory = Annotated[
@@ -326,6 +327,93 @@ def evaluate(
             rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
     _show(rows)
     _write(facts, {"rows": [row.as_dict() for row in rows]})
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A model folder, float or packed, a GGUF file or a hub id.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on after.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time. Above: draw tokens.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Let a model go on after a prompt. Its weights stay packed in memory.
+
+    Example: llmquant generate out "The module"
+    """
+    from llmquant import inference
+
+    with _progress(again=False):
+        model, tokenizer = inference.load(path, dtype, device, trust), inference.load_tokenizer(path, trust)
+    try:
+        text = inference.generate(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            say=lambda piece: out.print(escape(piece), end="", soft_wrap=True, highlight=False),
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + _signals[0]) from None
+    finally:
+        out.print()
+    _write(facts, {"prompt": prompt, "text": text})
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
+    reference: Annotated[str | None, typer.Option(help="The float model: measured first.")] = None,
+    text: Annotated[str | None, typer.Option(help="A text file to measure perplexity and divergence on.")] = None,
+    max_tokens: MaxTokens = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    generated: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds in which each model is measured once.", min=1)] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Measure memory and speed of models side by side, each in a process of its own; all are in memory together.
+
+    Figures are medians; ratios are to the first line, above 1 is faster. GGUF files run in llama.cpp, too, if
+    `pip install llmquant[gguf-runtime]` was. With --text, perplexity of the decoded weights, and with --reference the
+    KL divergence from it.
+
+    Example: llmquant bench out --reference org/model --text test.txt
+    """
+    from llmquant import bench as benchmark
+    from llmquant.report import size
+
+    settings = benchmark.Settings(prompt, generated, rounds, dtype, device, trust)
+    with _progress(again=False) as tell:
+        costs = benchmark.bench(paths, reference, text, max_tokens, settings, tell)
+    table = Table()
+    columns = ["model", "format", "weights", "peak memory", "first token", "prompt tok/s", "generated tok/s"]
+    for i, column in enumerate([*columns, *(["perplexity", "KLD"] if text else [])]):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for cost in costs:
+        accuracy = [f"{cost.perplexity:.3f}", "" if cost.kld_mean is None else f"{cost.kld_mean:.5f}"] if text else []
+        table.add_row(
+            escape(Path(cost.path).name),
+            escape(cost.format + ("" if cost.runtime == "torch" else f" in {cost.runtime}")),
+            size(cost.weight_bytes),
+            size(cost.peak_bytes),
+            f"{1000 * cost.first_token_seconds:.0f} ms",
+            f"{cost.prompt_rate:.1f} ({cost.prompt_ratio:.2f})",
+            f"{cost.generation_rate:.1f} ({cost.generation_ratio:.2f})",
+            *accuracy,
+        )
+    _wide().print(table)
+    _write(facts, {"settings": dataclasses.asdict(settings), "rows": [cost.as_dict() for cost in costs]})
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ class CppModel:
         self._context.decode(self._batch)
         rows = [np.asarray(self._context.get_logits_ith(i), np.float32) for i in range(len(tokens))]
         return torch.from_numpy(np.stack(rows))
+
+    def greedy(self, tokens: Sequence[int]) -> Iterator[int]:
+        """Yield the likeliest next token again and again, the first after ``tokens``; the end token is one like any."""
+        self._context.kv_cache_clear()
+        place, new = 0, list(tokens)
+        while True:
+            self._batch.reset()
+            for token in new[:-1]:
+                self._batch.add(token, place, [0], False)
+                place += 1
+            self._batch.add(new[-1], place, [0], True)
+            place += 1
+            self._context.decode(self._batch)
+            new = [int(np.argmax(np.asarray(self._context.get_logits_ith(self._batch.n_tokens - 1), np.float32)))]
+            yield new[0]
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of a text: special tokens in it are recognised, and none is added."""

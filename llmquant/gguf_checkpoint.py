@@ -13,7 +13,9 @@ from llmquant import gguf_file
 from llmquant.checkpoint import Checkpoint, TensorInfo, by_library
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.exporters.gguf import families, vocabulary
+from llmquant.gguf_file import GgufTensor
 from llmquant.models import moe, spec_for
+from llmquant.runtime.coded import Coded
 
 
 class GgufCheckpoint(Checkpoint):
@@ -35,7 +37,7 @@ class GgufCheckpoint(Checkpoint):
             model = AutoModelForCausalLM.from_config(config)
         self.config = {**config.to_dict(), "architectures": [type(model).__name__]}
         spec = moe.unfused(model, spec_for(self.config))
-        self._conv1d = spec.conv1d
+        self._turned = f"{spec.layers}." if spec.conv1d else None
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         infos = {name: TensorInfo(shape, torch.float32, path.name, name) for name, shape in shapes.items()}
         if config.get_text_config().tie_word_embeddings:
@@ -68,6 +70,23 @@ class GgufCheckpoint(Checkpoint):
         except FormatError as error:
             raise FormatError(f"{self.path}: {error}. Give the model folder it was made from by --reference") from None
 
+    def coded(self, name: str) -> Coded | None:
+        """Return the weight of a linear or embedding as it is stored, its rows in the order of transformers."""
+        entry = self._entries.get(f"{name}.weight")
+        if entry is None or (stored := self.file.tensors[entry.name]).type in gguf_file.FLOATS:
+            return None
+        shape = self.infos[f"{name}.weight"].shape
+        rows, cols = shape[::-1] if self._turned and name.startswith(self._turned) else shape
+        if stored.shape not in ((rows, cols), (len(entry.stack), rows, cols)):
+            raise self._misfit(entry, stored, (rows, cols))
+        first = entry.stack.index(f"{name}.weight") * rows if entry.stack else 0
+        return gguf_file.coded(stored, (first, first + rows), entry.rows)
+
+    def _misfit(self, entry: families.Entry, stored: GgufTensor, wanted: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {entry.name} is {list(stored.shape)}, but its metadata asks for {list(wanted)}"
+        )
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, decoded to float32, or some rows of it."""
         if name not in self.infos:
@@ -84,10 +103,8 @@ class GgufCheckpoint(Checkpoint):
             values = torch.empty_like(values).index_copy_(0, entry.rows, values)
         if entry.plus_one:
             values = values - 1
-        if self._conv1d and values.ndim == 2 and values.shape != wanted:
+        if self._turned and name.startswith(self._turned) and values.ndim == 2:
             values = values.T
         if values.shape != wanted:
-            raise CheckpointError(
-                f"{self.path}: {entry.name} is {list(stored.shape)}, but its metadata asks for {list(wanted)}"
-            )
+            raise self._misfit(entry, stored, wanted)
         return values[slice(*rows)] if rows else values

@@ -17,7 +17,9 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from llmquant import plugins
 from llmquant.errors import CheckpointError
 from llmquant.grid import BlockGrid, decode, per_column
+from llmquant.runtime.coded import PIECE, Coded
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -118,17 +121,53 @@ def to_float(tensor: GgufTensor, rows: tuple[int, int] | None = None) -> Float[T
     raw = tensor.read(rows)
     if tensor.type in FLOATS:
         return raw.view(FLOATS[tensor.type]).float()
-    if tensor.type in plugins.names("grids"):
-        grid = plugins.load("grids", tensor.type, tensor.name).Config().bind(len(raw), tensor.shape[-1], torch.float32)
-        if isinstance(grid, BlockGrid):
-            codes, params = grid.from_bytes(raw.view(-1, grid.block_bytes))
-            params = {key: value[:, None] for key, value in params.items()}
-            return decode(grid, codes, *per_column(grid, params)).view(len(raw), -1)
+    grid = _block_grid(tensor)
+    if grid is not None:
+        codes, params = grid.from_bytes(raw.view(-1, grid.block_bytes))
+        params = {key: value[:, None] for key, value in params.items()}
+        return decode(grid, codes, *per_column(grid, params)).view(len(raw), -1)
     try:
         values = dequantize(raw.numpy(), GGMLQuantizationType[tensor.type.upper()])
     except NotImplementedError:
         raise CheckpointError(f"{tensor.path}: {tensor.name} has type {tensor.type}, which cannot be decoded") from None
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+
+def coded(tensor: GgufTensor, rows: tuple[int, int], order: Int[Tensor, " rows"] | None = None) -> Coded:
+    """Return some rows of a quantized tensor (of all its matrices) as they are stored.
+
+    order: which row of the result each of them is; None: the same. Raises CheckpointError for a type without a grid.
+    """
+    grid = _block_grid(tensor)
+    if grid is None:
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} has type {tensor.type}, which llmquant computes decoded only: "
+            "`llmquant eval`. llama.cpp runs it"
+        )
+    pieces = []
+    step = max(PIECE // tensor.shape[-1], 1)
+    for start in range(*rows, step):
+        raw = tensor.read((start, min(start + step, rows[1])))
+        codes, params = grid.from_bytes(raw.view(-1, grid.block_bytes))
+        pieces.append({"": codes.view(len(raw), -1)} | {k: v.view(len(raw), -1, v.shape[1]) for k, v in params.items()})
+    parts = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    if order is not None:
+        parts = {name: torch.empty_like(value).index_copy_(0, order, value) for name, value in parts.items()}
+    return Coded(parts.pop(""), grid.table, parts, partial(_levels, grid))
+
+
+def _levels(grid: BlockGrid, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    scale, offset = grid.levels(dict(params))
+    return scale.flatten(1), offset.flatten(1)
+
+
+def _block_grid(tensor: GgufTensor) -> BlockGrid | None:
+    """Return the grid of a tensor's type, if there is one."""
+    if tensor.type not in plugins.names("grids"):
+        return None
+    config = plugins.load("grids", tensor.type, tensor.name).Config()
+    grid = config.bind(math.prod(tensor.shape[:-1]), tensor.shape[-1], torch.float32)
+    return grid if isinstance(grid, BlockGrid) else None
 
 
 class _Header:

@@ -15,6 +15,7 @@ from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import CheckpointError, LlmquantError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import spec_for
+from llmquant.runtime.coded import Coded
 
 
 class PackedCheckpoint(Checkpoint):
@@ -53,6 +54,16 @@ class PackedCheckpoint(Checkpoint):
             return None
         module: nn.Module | None = self._decoded(name, self._exporter.operator, device)
         return module
+
+    def coded(self, name: str) -> Coded | None:
+        if name not in self.packed:
+            return None
+        if not hasattr(self._exporter, "coded"):
+            raise CheckpointError(
+                f"{self.folder}: its format {self.format} can be read decoded only: its exporter has no `coded`"
+            )
+        weight: Coded = self._decoded(name, self._exporter.coded)
+        return weight
 
     def _decoded(
         self,

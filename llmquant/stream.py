@@ -26,6 +26,7 @@ from llmquant.files import cannot_write
 from llmquant.models import moe, spec_for
 from llmquant.models.spec import ModelSpec
 from llmquant.ranks import ALONE, Ranks
+from llmquant.runtime.coded import CodedLinear, Int4Linear
 from llmquant.runtime.linear import QuantizedLinear
 
 MOST_BUFFERS = 4 << 30  # bytes of tables (rotary, masks) that a model computes for itself
@@ -38,6 +39,13 @@ def model_config(folder: Path, trust_remote_code: bool = False) -> Any:
     check_followed(folder)
     with by_library(folder / "config.json", "transformers does not accept it"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def context_of(config: Any) -> int:
+    """Return the most tokens that a sequence of a model may have."""
+    text = config.get_text_config()
+    known = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length"))
+    return next((int(n) for n in known if n), 2048)
 
 
 def _check_sizes(checkpoint: Checkpoint, spec: ModelSpec, config: Any) -> None:
@@ -94,17 +102,22 @@ class Stream:
         weights: bool = True,
         memory_limit: int | None = None,
         ranks: Ranks = ALONE,
+        dtype: torch.dtype | None = None,
+        operator: Callable[[str, nn.Module], nn.Module | None] | None = None,
     ) -> None:
         """Load the weights outside the layers; with ``weights`` False only when ``load`` is called.
 
         memory_limit: bytes that the process may have; None: all that are free. ranks: among which batches are dealt.
+        dtype: to compute in, where that is not said above.
+        operator: from a module's name and the module to what takes its place; None: it computes from a float weight.
         """
         config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
         self._family = spec_for(checkpoint.config)
         self.device = device
-        self.dtype: torch.dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else (config.dtype or torch.float32))
+        self._operator = operator or (lambda name, module: checkpoint.operator(name, device))
         config.quantization_config = None  # what is packed is decoded by the checkpoint, not by transformers
         _check_sizes(checkpoint, self._family, config)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
@@ -152,12 +165,8 @@ class Stream:
 
     def load(self) -> None:
         """Load everything outside the decoder layers."""
-        head = self.checkpoint.operator(self.spec.head, self.device)
-        for name in self._outside:
-            if not ((self.tied or head) and name == f"{self.spec.head}.weight"):
-                self._materialise(self.model, "", name)
-        if head is not None:
-            _replace(self.model, self.spec.head, head)
+        again = {f"{self.spec.head}.weight"} if self.tied else set()
+        self._put(self.model, "", [n for n in self._outside if n not in again])
         self._tie()
         for name, buffer in list(self.model.named_buffers()):  # such as rotary tables
             set_module_tensor_to_device(self.model, name, self.device, value=buffer)
@@ -168,9 +177,22 @@ class Stream:
             set_module_tensor_to_device(self.model, name, "meta")
         self._tie()
 
+    def load_all(self) -> Any:
+        """Load everything, for good, and return the model."""
+        self.load()
+        for index, layer in enumerate(self.decoder_layers):
+            self._put(layer, f"{self.spec.layers}.{index}.", [name for name, _ in layer.named_parameters()])
+        return self.model
+
     def _tie(self) -> None:
-        if self.tied:
-            self.model.get_submodule(self.spec.head).weight = self.model.get_submodule(self.spec.embed).weight
+        if not self.tied:
+            return
+        head = self.model.get_submodule(self.spec.head)
+        operator = self._operator(self.spec.head, head)
+        if operator is None:
+            head.weight = self.model.get_submodule(self.spec.embed).weight
+        else:
+            _replace(self.model, self.spec.head, operator)
 
     @property
     def _outside(self) -> list[str]:
@@ -214,9 +236,7 @@ class Stream:
     @property
     def context(self) -> int:
         """The most tokens that a sequence may have."""
-        text = self.config.get_text_config()
-        known = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length"))
-        return next((int(n) for n in known if n), 2048)
+        return context_of(self.config)
 
     def _materialise(self, root: nn.Module, prefix: str, name: str) -> None:
         full = prefix + name
@@ -242,15 +262,8 @@ class Stream:
         """Load a decoder layer for the duration of the context; its linears compute as a runtime does."""
         layer = self.decoder_layers[index]
         prefix = f"{self.spec.layers}.{index}."
-        operators = {
-            name: operator
-            for name, _ in layer.named_modules()
-            if (operator := self.checkpoint.operator(prefix + name, self.device))
-        }
-        names = [n for n, _ in layer.named_parameters() if n.removesuffix(".weight") not in operators]
-        for name in names:
-            self._materialise(layer, prefix, name)
-        replaced = {name: _replace(layer, name, operator) for name, operator in operators.items()}
+        names = [name for name, _ in layer.named_parameters()]
+        replaced = self._put(layer, prefix, names)
         try:
             yield layer
         finally:
@@ -258,6 +271,21 @@ class Stream:
                 _replace(layer, name, module)
             for name in names:
                 set_module_tensor_to_device(layer, name, "meta")
+
+    def _put(self, root: nn.Module, prefix: str, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Load these parameters, or operators in the place of their modules; return the modules that were replaced."""
+        weights = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        replaced = {}
+        for name in names:
+            if name.removesuffix(".weight") not in weights:
+                self._materialise(root, prefix, name)
+        for name in weights:
+            operator = self._operator(prefix + name, root.get_submodule(name))
+            if operator is None:
+                self._materialise(root, prefix, f"{name}.weight")
+            else:
+                replaced[name] = _replace(root, name, operator)
+        return replaced
 
     def batches(self, sequences: int, length: int) -> list[slice]:
         """Return the sequences that pass through a layer together, batch by batch; of all ranks.
@@ -379,7 +407,7 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Put a module in the place of another, whose bias it takes over, and return that."""
     parent, _, name = path.rpartition(".")
     old = root.get_submodule(path)
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, QuantizedLinear | CodedLinear | Int4Linear):
         module.bias = getattr(old, "bias", None)
     setattr(root.get_submodule(parent), name, module)
     return old

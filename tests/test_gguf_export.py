@@ -10,6 +10,7 @@ import transformers as hf
 
 from llmquant import api, checkpoint, demo, evaluation, gguf_file, imatrix, recipe, run
 from llmquant import plan as planning
+from llmquant.cpp_runtime import CppModel
 from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, OutputError, RecipeError
 from llmquant.packed import describe, open_model
@@ -46,6 +47,17 @@ def test_a_float_file_of_every_family_reads_back_as_the_same_model(name, save_mo
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
     text = "The file's own tokenizer, 123 <s>"
     assert open_model(tmp_path / "out").tokenizer()(text)["input_ids"] == load_tokenizer(model)(text)["input_ids"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_square_matrices_that_are_stored_by_columns_are_turned_for_llama_cpp(save_model, tmp_path):
+    model = save_model(tmp_path / "model", resized(CONFIGS["gpt2"]()))
+    run.quantize(model, typed(name="f32"), tmp_path / "out")
+    tokens = torch.randint(0, VOCABULARY, (24,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = hf.AutoModelForCausalLM.from_pretrained(model)(tokens[None]).logits[0]
+    found = CppModel(next((tmp_path / "out").glob("*.gguf")), 24, exact=True).logits(tokens)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
 
 
 @pytest.fixture(scope="module")

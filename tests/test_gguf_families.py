@@ -7,6 +7,7 @@ import transformers as hf
 from llmquant.cpp_runtime import CppModel
 from llmquant.errors import FormatError
 from llmquant.exporters.gguf import families, writer
+from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import moe, spec_for
 
 VOCABULARY, TIME = 256, 40
@@ -182,6 +183,14 @@ def difference(model, folder):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_gives_the_logits_of_transformers(name, tmp_path):
     assert difference(build(CONFIGS[name]()), tmp_path) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2, narrow and untied", "gemma2", "qwen3-moe"])
+def test_a_file_reads_as_the_weights_it_was_made_of(name, tmp_path):
+    model = build(CONFIGS[name]())
+    found = GgufCheckpoint(write(model, tmp_path))
+    for parameter, value in model.named_parameters():  # square ones that are stored transposed, too
+        torch.testing.assert_close(found.read(parameter), value.data, msg=parameter)
 
 
 @pytest.mark.parametrize(("config", "layers"), [(hf.Gemma2Config, 46), (hf.Gemma3TextConfig, 62)])

@@ -29,6 +29,7 @@ from llmquant import words
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.grids.affine import Affine
+from llmquant.runtime.coded import Coded, affine
 
 METHOD = "awq"
 BITS = 4
@@ -144,6 +145,23 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
 
     Raises CheckpointError for a missing or ill-shaped tensor and for a setting that llmquant does not read.
     """
+    codes, scale, zero = _read(tensors, config)
+    weight = codes.float().view(*scale.shape, -1)
+    weight -= zero.float()[..., None]
+    weight *= scale.float()[..., None]
+    return weight.view(codes.shape)
+
+
+def coded(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Coded:
+    """Return the weight as it is stored; raise CheckpointError as ``unpack`` does."""
+    codes, scale, zero = _read(tensors, config)
+    return Coded(codes, torch.arange(2.0**BITS), {"scale": scale.contiguous(), "zero": zero}, affine)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[UInt8[Tensor, "rows cols"], Float[Tensor, "rows groups"], UInt8[Tensor, "rows groups"]]:
+    """Return codes, scales and zero points."""
     bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     _expect(bits == BITS, "bits", bits, "4")
@@ -166,10 +184,7 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
     shape = [cols // group, rows]
     fine = scales.is_floating_point() and list(scales.shape) == shape
     _expect(fine, "scales", f"{scales.dtype} {list(scales.shape)}", f"a float {shape}")
-    weight = _unpack(qweight, rows).float().view(rows, -1, group)
-    weight -= _unpack(qzeros, rows).float()[..., None]
-    weight *= scales.T.float()[..., None]
-    return weight.view(rows, cols)
+    return _unpack(qweight, rows), scales.T, _unpack(qzeros, rows)
 
 
 def _expect(fine: bool, what: str, found: object, expected: str) -> None:

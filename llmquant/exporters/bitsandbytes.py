@@ -28,13 +28,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from llmquant import blockwise
 from llmquant.blockwise import Blockwise
 from llmquant.errors import CheckpointError, FormatError
 from llmquant.grid import Grid, QuantizedTensor
+from llmquant.runtime.coded import Coded, without_offset
 
 METHOD = "bitsandbytes"
 CONV1D = True  # readers put a linear module in its place
@@ -142,10 +143,30 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
 
     Raises CheckpointError for a missing or ill-shaped tensor.
     """
+    codes, table, absmax, state = _read(tensors)
+    weight = table.index_select(0, codes.int()) * absmax.repeat_interleave(state["blocksize"])[: len(codes)]
+    return weight.to(DTYPES[state["dtype"]]).float().view(state["shape"])
+
+
+def coded(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Coded:
+    """Return the weight as it is stored, but for a nested absmax, which is decoded; raise CheckpointError.
+
+    Its values are not rounded to the dtype that the state names: a part of 2^-9 for bfloat16.
+    """
+    codes, table, absmax, state = _read(tensors)
+    rows, cols = state["shape"]
+    group = math.gcd(cols, state["blocksize"])  # blocks may go on in the next row
+    scale = absmax.repeat_interleave(state["blocksize"] // group)[: rows * cols // group].view(rows, -1)
+    return Coded(codes.view(rows, cols), table, {"scale": scale.contiguous()}, without_offset)
+
+
+def _read(
+    tensors: Mapping[str, Tensor],
+) -> tuple[UInt8[Tensor, " n"], Float[Tensor, " levels"], Float[Tensor, " blocks"], dict[str, Any]]:
+    """Return codes, the level of each, the absmax of every block, and what the state says."""
     state = _state_of(tensors)
-    dtype, shape, size = DTYPES[state["dtype"]], state["shape"], state["blocksize"]
-    n = math.prod(shape)
-    blocks = math.ceil(n / size)
+    n = math.prod(state["shape"])
+    blocks = math.ceil(n / state["blocksize"])
     nested = "nested_absmax" in state or "nested_offset" in state
     packed = _part(tensors, "weight", math.ceil(n / 2), bytes_=True)
     absmax = _part(tensors, "weight.absmax", blocks)
@@ -157,10 +178,7 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
         absmax = _part(tensors, "weight.nested_quant_map", 256)[absmax.long()] * scale
         absmax += torch.tensor(float(state["nested_offset"]))
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
-    weight = (
-        _part(tensors, "weight.quant_map", 16).index_select(0, codes.int()) * absmax.float().repeat_interleave(size)[:n]
-    )
-    return weight.to(dtype).float().view(shape)
+    return codes, _part(tensors, "weight.quant_map", 16), absmax.float(), state
 
 
 def _state_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

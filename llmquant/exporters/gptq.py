@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from llmquant import words
@@ -37,6 +37,7 @@ from llmquant.errors import CheckpointError, FormatError
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.grids.affine import Affine
 from llmquant.patterns import matches, patterns
+from llmquant.runtime.coded import Coded, affine, by_group
 
 METHOD = "gptq"
 CONV1D = True  # readers replace transformers' Conv1D too, and qweight is input by input anyway
@@ -196,6 +197,34 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
 
     Raises CheckpointError for a missing or ill-shaped tensor and for a setting that llmquant does not read.
     """
+    codes, _, scale, zero, group = _read(tensors, config, name)
+    weight = codes.float()
+    weight -= zero.float().index_select(1, group)
+    weight *= scale.float().index_select(1, group)
+    return weight
+
+
+def coded(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Coded:
+    """Return the weight as it is stored; raise CheckpointError as ``unpack`` does, and for groups of several sizes."""
+    codes, bits, scale, zero, group = _read(tensors, config, name)
+    order = by_group(group, scale.shape[1])
+    if order is not None:
+        codes = codes[:, order]
+    return Coded(
+        codes, torch.arange(2.0**bits), {"scale": scale.contiguous(), "zero": zero.contiguous()}, affine, order
+    )
+
+
+def _read(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+) -> tuple[
+    UInt8[Tensor, "rows cols"],
+    int,
+    Float[Tensor, "rows groups"],
+    UInt8[Tensor, "rows groups"],
+    Int64[Tensor, " cols"],
+]:
+    """Return codes, their bits, scales, zero points and the group of every column."""
     setting = _setting_of(config, name)
     bits = setting["bits"]
     for suffix in ("qweight", "qzeros", "scales", *(["g_idx"] if setting.get("desc_act") else [])):
@@ -219,10 +248,7 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
     group = tensors.get("g_idx", torch.arange(cols) // group_size).long()
     fine = bool(((group >= 0) & (group < groups)).all())
     _expect(fine, "g_idx", f"{int(group.min())} to {int(group.max())}", f"0 to {groups - 1} {why}")
-    weight = words.unpack(qweight.T, bits, cols).float()
-    weight -= _zeros(qzeros, bits, rows, setting["version"]).T.float().index_select(1, group)
-    weight *= scales.T.float().index_select(1, group)
-    return weight
+    return words.unpack(qweight.T, bits, cols), bits, scales.T, _zeros(qzeros, bits, rows, setting["version"]).T, group
 
 
 def _zeros(qzeros: Tensor, bits: int, rows: int, version: int) -> Tensor:

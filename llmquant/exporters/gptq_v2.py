@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.exporters import gptq
-from llmquant.exporters.gptq import CONV1D, METHOD, check, extra_files, linears, unpack
+from llmquant.exporters.gptq import CONV1D, METHOD, check, coded, extra_files, linears, unpack
 from llmquant.grid import Grid, QuantizedTensor
 
-__all__ = ["CONV1D", "METHOD", "check", "extra_files", "linears", "pack", "quantization_config", "unpack"]
+__all__ = ["CONV1D", "METHOD", "check", "coded", "extra_files", "linears", "pack", "quantization_config", "unpack"]
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:

@@ -22,15 +22,16 @@ ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)  # Python's numbers
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(*, fused: bool) -> Callable[[F], F]:
+def compiled(*, fused: bool, reordered: bool = False) -> Callable[[F], F]:
     """Compile a function over numpy arrays; it then runs without the interpreter's lock.
 
     fused: a product and a sum may become one operation, which is faster and rounds once instead of twice.
+    reordered: sums may be added up in another order, several at a time; results then differ between processors.
     """
 
     def decorate(function: F) -> F:
         plain = inspect.unwrap(function)  # without the wrapper of a shape checker
-        options = {"contract"} if fused else False
+        options = {name for name, wanted in (("contract", fused), ("reassoc", reordered)) if wanted} or False
         fast: F = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=options)(plain)
         return fast
 

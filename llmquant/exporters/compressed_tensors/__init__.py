@@ -24,12 +24,14 @@ from llmquant.exporters.compressed_tensors.settings import METHOD
 from llmquant.grid import Grid, QuantizedTensor
 from llmquant.grids.affine import Affine
 from llmquant.grids.fp8 import Fp8
+from llmquant.runtime.coded import Coded
 from llmquant.runtime.linear import QuantizedLinear
 
 __all__ = [
     "METHOD",
     "check",
     "check_inputs",
+    "coded",
     "extra_files",
     "linears",
     "operator",
@@ -124,6 +126,14 @@ def unpack(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) 
     if format_ == settings.PACKED:
         return packed.unpack(tensors, setting, actorder)
     return plain.unpack(tensors, setting)
+
+
+def coded(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Coded:
+    """Return the weight as it is stored; raise CheckpointError as ``unpack`` does."""
+    setting, format_, actorder = settings.read(config, name)
+    if format_ == settings.PACKED:
+        return packed.coded(tensors, setting, actorder)
+    return plain.coded(tensors, setting)
 
 
 def operator(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> QuantizedLinear | None:

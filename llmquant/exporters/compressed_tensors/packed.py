@@ -22,13 +22,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from llmquant import words
 from llmquant.exporters.compressed_tensors.settings import Setting, expect, expect_all
 from llmquant.grid import QuantizedTensor
 from llmquant.grids.affine import Affine
+from llmquant.runtime.coded import Coded, affine, by_group
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -53,6 +54,30 @@ def unpack(tensors: Mapping[str, Tensor], setting: Setting, actorder: object) ->
 
     Raises CheckpointError for a missing or ill-shaped tensor.
     """
+    codes, scale, zero, group = _read(tensors, setting, actorder)
+    weight = codes.float()
+    if setting.symmetric:
+        weight -= 2 ** (setting.bits - 1)
+    else:
+        weight -= zero.float().index_select(1, group)
+    weight *= scale.float().index_select(1, group)
+    return weight
+
+
+def coded(tensors: Mapping[str, Tensor], setting: Setting, actorder: object) -> Coded:
+    """Return the weight as it is stored; raise CheckpointError as ``unpack`` does, and for groups of several sizes."""
+    codes, scale, zero, group = _read(tensors, setting, actorder)
+    order = by_group(group, scale.shape[1])
+    params = {"scale": scale.expand(len(codes), -1), "zero": zero.expand(len(codes), -1)}
+    return Coded(codes if order is None else codes[:, order], torch.arange(2.0**setting.bits), params, affine, order)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], setting: Setting, actorder: object
+) -> tuple[
+    UInt8[Tensor, "rows cols"], Float[Tensor, "_rows groups"], Shaped[Tensor, "_rows2 groups"], Int64[Tensor, " cols"]
+]:
+    """Return codes, scales and zero points (of one row where all have the same), and the group of every column."""
     bits, symmetric, strategy, group_size = setting.bits, setting.symmetric, setting.strategy, setting.group_size
     needed = ["weight_packed", "weight_scale", "weight_shape"]
     needed += [] if symmetric else ["weight_zero_point"]
@@ -70,13 +95,11 @@ def unpack(tensors: Mapping[str, Tensor], setting: Setting, actorder: object) ->
     why = f"for {bits} bits (older versions padded every word of 3, 5, 6 or 7 bits; llmquant does not read those)"
     expect(fine, "weight_packed", f"{packed.dtype} {list(packed.shape)}", f"int32 {packed_shape} {why}")
     group = _groups_of_columns(tensors.get("weight_g_idx"), cols, group_size, groups)
-    weight = words.unpack(packed, bits, cols).float()
     if symmetric:
-        weight -= 2 ** (bits - 1)
+        zero = torch.full((1, groups), 2 ** (bits - 1), dtype=torch.uint8)
     else:
-        weight -= _zeros(tensors["weight_zero_point"], bits, shape).float().view(-1, groups).index_select(1, group)
-    weight *= scale.float().view(-1, groups).index_select(1, group)
-    return weight
+        zero = _zeros(tensors["weight_zero_point"], bits, shape).view(-1, groups)
+    return words.unpack(packed, bits, cols), scale.view(-1, groups), zero, group
 
 
 def _groups_of_columns(g_idx: Tensor | None, cols: int, group_size: int | None, groups: int) -> Tensor:

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from llmquant.activations import Inputs
 from llmquant.errors import CheckpointError
 from llmquant.exporters.compressed_tensors.settings import Setting, expect, expect_all
 from llmquant.grid import QuantizedTensor
+from llmquant.runtime.coded import Coded, affine
 from llmquant.runtime.linear import QuantizedLinear
 
 DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
@@ -45,17 +46,40 @@ def pack(q: QuantizedTensor, setting: Setting) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], setting: Setting) -> Float[Tensor, "rows cols"]:
     """Return the float32 weight of a linear; raise CheckpointError for a missing or ill-shaped tensor."""
+    codes, scale, zero = _read(tensors, setting)
+    value = codes.float().view(len(codes), scale.shape[1], -1)
+    if zero is not None:
+        value -= zero.float()[..., None]
+    value *= scale.float()[..., None]
+    return value.flatten(1)
+
+
+def coded(tensors: Mapping[str, Tensor], setting: Setting) -> Coded:
+    """Return the weight as it is stored; raise CheckpointError as ``unpack`` does."""
+    codes, scale, zero = _read(tensors, setting)
+    every = torch.arange(256, dtype=torch.uint8)
+    table, bytes_ = every.view(codes.dtype).float(), codes.view(torch.uint8)
+    if codes.dtype == torch.int8:  # in ascending order the levels are one apart
+        table, bytes_ = every.float() - 128, bytes_ ^ 128
+    zero = torch.zeros(1, scale.shape[1], dtype=torch.int8) if zero is None else zero
+    rows = len(codes)
+    return Coded(bytes_, table, {"scale": scale.expand(rows, -1), "zero": zero.expand(rows, -1)}, affine)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], setting: Setting
+) -> tuple[Shaped[Tensor, "rows cols"], Float[Tensor, "_rows groups"], Shaped[Tensor, "_rows groups"] | None]:
+    """Return codes, scales and zero points, each of one row where all have the same."""
     codes, scale = _codes_and_scale(tensors, setting)
     groups = scale.shape[1] if scale.ndim == 2 else 1
-    value = codes.float().view(len(codes), groups, -1)
+    zero = None
     if not setting.symmetric:
         expect_all(tensors, ["weight_zero_point"])
         zero = tensors["weight_zero_point"]
         shape = list(scale.shape)
         expect(list(zero.shape) == shape, "weight_zero_point", f"{zero.dtype} {list(zero.shape)}", f"int8 {shape}")
-        value -= zero.float().view(-1, groups, 1)
-    value *= scale.float().view(-1, groups, 1)
-    return value.flatten(1)
+        zero = zero.view(-1, groups)
+    return codes, scale.view(-1, groups), zero
 
 
 def operator(tensors: Mapping[str, Tensor], setting: Setting) -> QuantizedLinear:

@@ -253,7 +253,7 @@ def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, store
     rows = shape[0]
     for source in entry.sources:
         name = source if source in checkpoint else f"{plan.spec.embed}.weight"
-        by_columns = checkpoint.infos[name].shape != shape
+        by_columns = plan.spec.conv1d and name.startswith(f"{plan.spec.layers}.") and len(shape) == 2
         whole = by_columns or entry.rows is not None
         step = rows if whole else max(PIECE * rows // math.prod(shape), 1)
         for start in range(0, rows, step):
