@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import platform
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -51,6 +51,7 @@ from llmquant.stats import Accumulator, Stats
 from llmquant.stream import BATCH_TOKENS, Stream
 
 OnError = Literal["stop", "skip"]
+WORST = 4  # linears of which a report shows how the levels suit the weights
 
 
 @dataclass
@@ -59,6 +60,9 @@ class Report:
 
     linears: module name -> output error (relative, on the calibration tokens; weight error
         where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
+    histograms: of the ``WORST`` linears, by name: where their weights lie among the levels (``noise.on_levels``).
+    costs: of every layer, and matrix outside them, in the order of computation: seconds and peak memory, calibration
+        included. None of them where nothing was kept in a work folder.
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
@@ -72,6 +76,10 @@ class Report:
     linears: dict[str, dict[str, Any]]
     notes: list[str]
     bits_per_weight: float
+    command: str = ""
+    machine: str = ""
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    costs: list[dict[str, Any]] = field(default_factory=list)
     outputs: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -219,8 +227,7 @@ def quantize(
     verify: read back what was written.
     ranks: the processes that do this together. Where nothing is calibrated, the first one does it alone.
     """
-    started = time.monotonic()
-    memory.reset_peak()
+    meter = memory.Meter(device_of(device))
     out = Path(out)
     ranks.from_first(lambda: check_output(out))
     stream = _opened(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
@@ -248,7 +255,7 @@ def quantize(
     with ExitStack() as stack:
         source: work.Work | Direct = direct
         if saves:
-            source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks)
+            source = log = work.Work(folder, fingerprint(checkpoint, plan, text), restart, ranks, meter)
             stack.callback(log.close)
             resumed = sum(log.has(i) for i in range(plan.layers))
             plan = _saved(plan, stream, direct, log, text, progress, on_error)
@@ -259,8 +266,9 @@ def quantize(
         )
         if saves and work_folder is None:
             log.remove()
-    report.seconds = round(time.monotonic() - started, 2)
-    report.peak_rss_bytes = memory.peak_bytes()
+    report.machine = machine(stream.device, ranks)
+    report.seconds = meter.seconds
+    report.peak_rss_bytes = meter.peak_rss_bytes
     return report, None if text is None else data.held_out_windows(text)
 
 
@@ -359,7 +367,12 @@ def _written(
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
-    report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
+    records = source.all_records()
+    places = {name: told.pop("histogram") for name, told in records.items()}
+    worst = sorted(records, key=lambda name: (-records[name]["error"], name))[:WORST]
+    report.histograms = {name: places[name] for name in worst}
+    report.linears = {name: noise.in_decibels(told) for name, told in records.items()}
+    report.costs = source.costs()
     report.notes += experts.notes(report.linears)
     return report
 
@@ -434,6 +447,14 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan, text: data.CalibrationTokens
     }
 
 
+def machine(device: torch.device, ranks: Ranks = ALONE) -> str:
+    """Return what computed, for people: the GPU or the processor, the threads, the processes."""
+    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    threads = f"threads: {torch.get_num_threads()} of {os.cpu_count()}"
+    processes = [f"processes: {ranks.size}"] if ranks.size > 1 else []
+    return ", ".join([*gpu, f"{platform.system()} {platform.machine()}", threads, *processes])
+
+
 def _versions() -> dict[str, str]:
     return {
         "llmquant": llmquant.__version__,
@@ -473,6 +494,7 @@ class Direct:
             progress("quantizing", i, len(parts))
             if log.has(part):
                 continue
+            log.begin()
             done: dict[str, QuantizedTensor] = {}
             given_up: dict[str, str] = {}
             for linear in linears:
@@ -515,9 +537,17 @@ class Direct:
                 records.append((rows, record))
                 yield packed
             total = sum(rows for rows, _ in records)
-            keys = [key for key in ("error", "seconds", *noise.AVERAGED) if records[0][1][key] is not None]
+            keys = [key for key in ("error", *noise.AVERAGED) if records[0][1][key] is not None]
             mean = {key: sum(n * r[key] for n, r in records) / total for key in keys}
-            self._records[name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
+            self._records[name] = (
+                records[0][1]
+                | mean
+                | {
+                    "error": round(mean["error"], 8),
+                    "seconds": round(sum(r["seconds"] for _, r in records), 3),
+                    "histogram": noise.added([r["histogram"] for _, r in records]),
+                }
+            )
 
         parts = (part for linear in linears for part in _parts(linear))
         with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:
@@ -540,7 +570,10 @@ class Direct:
         return weight
 
     def all_records(self) -> dict[str, Any]:
-        return self._records
+        return {name: dict(record) for name, record in self._records.items()}
+
+    def costs(self) -> list[dict[str, Any]]:
+        return []
 
 
 def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:

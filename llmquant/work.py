@@ -23,6 +23,7 @@ from llmquant.errors import CheckpointError, OutputError
 from llmquant.files import cannot_write, write_json
 from llmquant.gradients import LayerInformation
 from llmquant.grid import QuantizedTensor, rows_of
+from llmquant.memory import Meter
 from llmquant.plan import Linear, placeholder
 from llmquant.ranks import ALONE, Ranks
 
@@ -44,20 +45,27 @@ class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
     A file holds, for every linear of a layer or for one outside of them, its codes, the stored parameters of
-    its grid and of its inputs, and what a report says about it; and the float
-    tensors of the layer that transforms changed.
+    its grid and of its inputs, and what a report says about it; the float
+    tensors of the layer that transforms changed; and the time and memory that all this took.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False, ranks: Ranks = ALONE
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        restart: bool = False,
+        ranks: Ranks = ALONE,
+        meter: Meter | None = None,
     ) -> None:
         """Open or create the folder and lock it; raise OutputError when it was begun for something else.
 
         ranks: that work in it together. The first one has the lock, and alone writes what is to be kept; what it keeps,
         all can read when ``save`` returns. Each has ``scratch`` space of its own.
+        meter: of the run that works in it.
         """
         self.folder = folder
         self._ranks = ranks
+        self._meter = meter or Meter(torch.device("cpu"))
         ranks.from_first(lambda: self._open(folder, fingerprint, restart))
 
     def _open(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
@@ -92,6 +100,10 @@ class Work:
     def has(self, part: int | str) -> bool:
         return self._ranks.from_first(self._path(part).exists)
 
+    def begin(self) -> None:
+        """Begin the part that is saved next: its time and memory count from here."""
+        self._meter.begin()
+
     def save(
         self,
         part: int | str,
@@ -114,7 +126,8 @@ class Work:
                 tensors[f"{name}:{key}"] = value.cpu().contiguous()
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
-        told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {})}
+        cost = {"part": part, **self._meter.part()}
+        told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {}), "cost": json.dumps(cost)}
         self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
 
     def given_up(self, part: int | str | None = None) -> dict[str, str]:
@@ -200,6 +213,10 @@ class Work:
     def all_records(self) -> dict[str, Any]:
         """Return what was recorded about every linear."""
         return {name: record for path in self._parts() for name, record in _records(path).items()}
+
+    def costs(self) -> list[dict[str, Any]]:
+        """Return how long each part took, and the memory that it needed at most."""
+        return [cost for path in self._parts() if (cost := _metadata(path, "cost", "{}"))]
 
     def _parts(self) -> list[Path]:
         return [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
