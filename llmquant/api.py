@@ -180,6 +180,8 @@ def compare(
     for one in chosen:  # whatever cannot work stops here, before any work
         plan(model, one, trust_remote_code=trust_remote_code)
     windows = None if text is None else evaluation.read_windows(model, text, protocol, max_tokens)
+    if not chosen:
+        raise RecipeError("compare: there is no recipe. Name at least one.")
     if windows is None and not any(r.calibration for r in chosen):
         raise DataError("compare: there is no text to evaluate on. Give --text FILE.")
     reference = Reference(model, device, trust_remote_code)
@@ -204,10 +206,10 @@ def compare(
             _finish(report, [rows[0], *measured], model)
             rows += measured
         told = {"model": str(model), "command": command, "rows": [row.as_dict() for row in rows]}
-        name, folders = Path(model).name, {row.path: Path(os.path.relpath(row.path, out)).as_posix() for row in rows}
+        folders = {row.path: Path(os.path.relpath(row.path, out)).as_posix() for row in rows[1:]}
         write_json(out / "report.json", told)
-        write_text(out / "report.md", reports.comparison(rows, name))
-        write_text(out / html.FILE, html.compared(rows, written, name, command, folders))
+        write_text(out / "report.md", reports.comparison(rows, reports.title(str(model))))
+        write_text(out / html.FILE, html.compared(rows, written, str(model), command, folders))
     return rows
 
 

@@ -185,7 +185,9 @@ def quantize(
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Quantize a model and write it. The same command after a crash goes on where it stopped.
+    """Quantize a model and write it, with a report: report.html, README.md and llmquant-report.json.
+
+    The same command after a crash goes on where it stopped.
 
     Several processes do it together, on one machine or on several with a shared folder for --work, started by
     `torchrun --nproc-per-node 2 -m llmquant quantize ...`.
@@ -315,7 +317,7 @@ def compare(
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Quantize a model by several recipes and compare them in one table.
+    """Quantize a model by several recipes and compare them: a table, report.html, report.md and report.json.
 
     The same command after a crash goes on where it stopped; with one more recipe, it adds that.
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmquant import plots
-from llmquant.report import COLUMNS, allocation_lines, cells, sensitivity_table, size
+from llmquant.report import COLUMNS, allocation_lines, cells, sensitivity_table, size, title
 
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
@@ -38,12 +38,11 @@ def quantized(report: Report, rows: Sequence[Row], format_: str) -> str:
     rows: the float model's line and the folder's, where they were measured.
     """
     float_row, row = (rows[0], rows[-1]) if rows else (None, None)
-    errors = {name: (record["layer"], record["error"]) for name, record in report.linears.items()}
-    bits = {name: (record["layer"], record["bits_per_weight"]) for name, record in report.linears.items()}
+    errors, bits = (_of_linears(report, key) for key in ("error", "bits_per_weight"))
     costs = report.costs or _seconds_by_layer(report)
     return _page(
         "quantized.html",
-        title=_name(report.model),
+        title=title(report.model),
         recipe_name=report.recipe["name"],
         format=format_,
         report=report,
@@ -51,10 +50,8 @@ def quantized(report: Report, rows: Sequence[Row], format_: str) -> str:
         figures=Table(COLUMNS, [cells(one) for one in rows]),
         protocols=_protocols(rows),
         allocation=allocation_lines(report),
-        errors=heat(errors, Scale.of([error for _, error in errors.values()]), percent) if errors else None,
-        bits=heat(bits, Scale.of([n for _, n in bits.values()], even=True), plots.short)
-        if len({n for _, n in bits.values()}) > 1
-        else None,
+        errors=heat(errors, Scale.of(x for _, x in errors.values()), percent) if errors else None,
+        bits=heat(bits, Scale.of((x for _, x in bits.values()), even=True), plots.short) if _differ(bits) else None,
         worst=_worst(report),
         seconds=plots.bars([(_part(cost), cost["seconds"]) for cost in costs]) if costs else None,
         memory=_memory(report.costs),
@@ -75,12 +72,8 @@ def compared(
     float_row, others = rows[0], rows[1:]
     pages = {path: quote(f"./{folder}/{FILE}") for path, folder in folders.items()}
     formats = list(dict.fromkeys(row.format for row in others))
-    every = [record["error"] for report in reports for record in report.linears.values()]
-    scale = Scale.of(every)
-    maps = {
-        report.recipe["name"]: heat({n: (r["layer"], r["error"]) for n, r in report.linears.items()}, scale, percent)
-        for report in reports
-    }
+    errors = {report.recipe["name"]: _of_linears(report, "error") for report in reports}
+    scale = Scale.of(x for of_report in errors.values() for _, x in of_report.values())
     unit, one = _unit(max(row.bytes for row in others))
 
     def point(row: Row, y: float, error: float = 0.0) -> plots.Point:
@@ -90,18 +83,24 @@ def compared(
 
     by_size = sorted(others, key=lambda row: row.bytes)
     first = {row.recipe: row for row in reversed(by_size)}
-    divergence = [point(row, row.kld_mean, row.kld_error or 0.0) for row in by_size if row.kld_mean]
+    divergence = [
+        point(row, row.kld_mean, row.kld_error or 0.0)
+        for row in by_size
+        if row.kld_mean is not None and 0 < row.kld_mean < math.inf
+    ]
+    perplexity = [point(row, row.perplexity) for row in by_size if row.perplexity < math.inf]
+    far = any(p.y > 3 * float_row.perplexity for p in perplexity)
     return _page(
         "compared.html",
-        title=model,
+        title=title(model),
         figures=Table(COLUMNS, [cells(row) for row in rows], [pages.get(row.path, "") for row in rows]),
         links={row.recipe: pages[row.path] for row in reversed(others)},
         protocols=_protocols(rows),
         formats=formats,
         unit=unit,
         divergence=plots.scatter(divergence, log=True) if divergence else None,
-        perplexity=plots.scatter([point(r, r.perplexity) for r in by_size], log=False, level=float_row.perplexity),
-        maps=maps,
+        perplexity=plots.scatter(perplexity, log=far, level=float_row.perplexity) if perplexity else None,
+        maps={name: heat(of_report, scale, percent) for name, of_report in errors.items()},
         reports=reports,
         command=command,
     )
@@ -110,31 +109,30 @@ def compared(
 def sensitive(found: Sensitivity, command: str) -> str:
     """Return the page of what each linear, site or layer does alone."""
     layers = {unit.name: unit.layer for unit in found.units}
-    scale = Scale.of([result.kld for result in found.results])
+    scale = Scale.of(result.kld for result in found.results)
     maps = {
-        grid: heat(
-            {r.unit: (layers[r.unit], r.kld) for r in found.results if r.grid == grid}, scale, lambda kld: f"{kld:.2g}"
-        )
+        grid: heat({r.unit: (layers[r.unit], r.kld) for r in found.results if r.grid == grid}, scale, two_digits)
         for grid in found.grids
     }
     return _page(
         "sensitive.html",
-        title=_name(found.model),
+        title=title(found.model),
         found=found,
         maps={grid: one for grid, one in maps.items() if one.rows or one.outside},
         most=sorted(found.results, key=lambda r: -r.kld)[:MOST],
-        table=Table(*sensitivity_table(found)),
+        table=Table(*sensitivity_table(found), texts=1),
         command=command,
     )
 
 
 @dataclass(frozen=True)
 class Table:
-    """columns: of which the first two are text, the others numbers. links: of the rows' names, where they have one."""
+    """links: of the rows' first cells. texts: how many columns are text; the others are numbers."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     links: Sequence[str] = ()
+    texts: int = 2
 
 
 @dataclass(frozen=True)
@@ -162,17 +160,17 @@ class Scale:
     @classmethod
     def of(cls, values: Iterable[float], even: bool = False) -> Scale:
         """Return a scale for these numbers; a logarithmic one has a factor of ten at least."""
-        known = list(values)
+        known = [x for x in values if math.isfinite(x)]
         if even:
             return cls(min(known), max(known), True)
         high = max(known, default=0.0) or 1.0
         return cls(min([x for x in known if x > 0] + [high / 10]), high)
 
     def step(self, value: float) -> int:
-        if value <= self.low:
-            return 0
+        if not self.low < value < self.high:
+            return STEPS - 1 if value >= self.high > self.low else 0
         low, high, here = (x if self.even else math.log(x) for x in (self.low, self.high, value))
-        return min(int(STEPS * (here - low) / (high - low)), STEPS - 1)
+        return int(STEPS * (here - low) / (high - low))
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,12 @@ class Heat:
     ends: tuple[str, str]
 
 
-def heat(values: Mapping[str, tuple[int | None, float]], scale: Scale, form: Callable[[float], str]) -> Heat:
-    """Return a table of numbers, given by module with its layer; of all experts' the mean.
+Values = Mapping[str, tuple[int | None, float]]
+"""By module its layer, None for what belongs to none, and a number."""
+
+
+def heat(values: Values, scale: Scale, form: Callable[[float], str]) -> Heat:
+    """Return a table of numbers; of all experts' the mean.
 
     >>> heat({"h.0.up": (0, 0.5), "h.1.e.0.up": (1, 1.0), "h.1.e.1.up": (1, 3.0)}, Scale(0.1, 3.0), plots.short).rows
     [(0, [Cell(text='0.5', step=3), None]), (1, [None, Cell(text='2', step=7)])]
@@ -240,14 +242,19 @@ def _shortened(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, in two digits and without the sign.
+    """Return a share in percent, without the sign."""
+    return two_digits(100 * share)
 
-    >>> [percent(x) for x in (1.0, 0.125, 0.003, 0.000_012_5, 0.000_000_3, 0.0)]
-    ['100', '12', '0.30', '0.0013', '3.0e-5', '0']
+
+def two_digits(value: float) -> str:
+    """Return a number in two digits, or as many as it has before the point.
+
+    >>> [two_digits(x) for x in (123.0, 12.5, 0.3, 0.001_25, 0.000_03, 0.0)]
+    ['123', '12', '0.30', '0.0013', '3.0e-5', '0']
     """
-    if 100 * share >= 99.5 or not share:
-        return f"{100 * share:.0f}"
-    return f"{100 * share:#.2g}".rstrip(".").replace("e-0", "e-")
+    if value >= 99.5 or not value:
+        return f"{value:.0f}"
+    return f"{value:#.2g}".rstrip(".").replace("e-0", "e-")
 
 
 def duration(seconds: float) -> str:
@@ -260,6 +267,14 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * one:
             return f"{seconds / one:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def _of_linears(report: Report, key: str) -> Values:
+    return {name: (record["layer"], record[key]) for name, record in report.linears.items()}
+
+
+def _differ(values: Values) -> bool:
+    return len({value for _, value in values.values()}) > 1
 
 
 def _tiles(report: Report, float_row: Row | None, row: Row | None, format_: str) -> list[Tile]:
@@ -320,7 +335,7 @@ def _part(cost: Mapping[str, Any]) -> str:
 def _cost_table(costs: Sequence[Mapping[str, Any]]) -> Table:
     known = costs and "peak_bytes" in costs[0]
     rows = [[str(c["part"]), f"{c['seconds']:.2f}", *([size(c["peak_bytes"])] if known else [])] for c in costs]
-    return Table(("layer", "seconds", *(["peak memory"] if known else [])), rows)
+    return Table(("layer", "seconds", *(["peak memory"] if known else [])), rows, texts=1)
 
 
 def _residual(errors: Sequence[float]) -> plots.Lines | None:
@@ -330,10 +345,6 @@ def _residual(errors: Sequence[float]) -> plots.Lines | None:
 def _unit(largest: int) -> tuple[str, int]:
     """Return the unit in which sizes up to this one are told, in bytes."""
     return next(((unit, one) for unit, one in (("GB", 10**9), ("MB", 10**6)) if largest >= one), ("kB", 1000))
-
-
-def _name(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def _page(template: str, **facts: Any) -> str:

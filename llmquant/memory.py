@@ -62,15 +62,20 @@ class Meter:
     def begin(self) -> None:
         """Begin a part."""
         self._before = self.peak_rss_bytes
-        self._begun = time.monotonic()
         reset_peak()
         if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
+        self._begun = time.monotonic()
 
     def part(self) -> dict[str, float]:
         """Return what the part that was begun last has taken so far."""
-        own = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else peak_bytes()
-        return {"seconds": round(time.monotonic() - self._begun, 3), "peak_bytes": own}
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = peak_bytes()
+        return {"seconds": round(time.monotonic() - self._begun, 3), "peak_bytes": peak}
 
     @property
     def seconds(self) -> float:

@@ -64,6 +64,20 @@ def on_levels(q: QuantizedTensor, w: Float[Tensor, "rows cols"]) -> dict[str, An
     }
 
 
+def is_histogram(found: Any) -> bool:
+    """Whether a value is like those that ``on_levels`` returns."""
+    ends, lists = ("low", "high"), ("levels", "weights", "codes")
+    if not isinstance(found, dict) or found.keys() != {*ends, *lists}:
+        return False
+    if not all(isinstance(found[key], list) and len(found[key]) > 1 for key in lists):
+        return False
+    numbers = [found[key] for key in ends] + [number for key in lists for number in found[key]]
+    if not all(isinstance(x, int | float) and abs(x) < math.inf for x in numbers):
+        return False
+    counted = min(found["weights"] + found["codes"]) >= 0 and len(found["codes"]) == len(found["levels"])
+    return bool(counted and found["low"] <= found["levels"][0] < found["levels"][-1] <= found["high"])
+
+
 def added(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what ``on_levels`` tells of pieces of one matrix as one."""
     counts = {key: [sum(of_bin) for of_bin in zip(*(h[key] for h in histograms), strict=True)] for key in COUNTED}

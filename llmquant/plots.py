@@ -186,22 +186,22 @@ class Bars(Frame):
 
 
 def bars(values: Sequence[tuple[str, float]]) -> Bars:
-    """Return upright bars; only so many have their names below them as there is room for."""
+    """Return upright bars. Of many that are numbered, every second or so has its number below it."""
     across, up = _frame(FLAT)
     y = spread((value for _, value in values), *up, zero=True)
     x = Axis(0.0, float(len(values)), *across)
     wide = (across[1] - across[0]) / len(values)
     thick = round(min(max(wide - 2, wide * 0.7), 36.0), 1)
+    step = math.ceil(LETTER * (len(str(len(values))) + 1) / wide)
     found, names = [], []
     free = 0.0
     for i, (name, value) in enumerate(values):
-        middle, top = x.at(i + 0.5), y.at(value)
+        middle, top, half = x.at(i + 0.5), y.at(value), LETTER * len(name) / 2
         found.append((round(middle - thick / 2, 1), top, thick, round(up[0] - top, 1), f"{name}: {short(value)}"))
-        half = LETTER * len(name) / 2
         place = min(middle, WIDTH - half)
-        if place - half >= free:
+        if place - half >= free and not (name.isdigit() and i % step):
             names.append((place, name))
-            free = place + half + LETTER
+            free = place + half
     return Bars(x, y, FLAT, tuple(found), tuple(names))
 
 

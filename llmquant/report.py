@@ -30,6 +30,16 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
+def title(model: str) -> str:
+    """Return the name of a model for people: of its folder, or of two where that says nothing.
+
+    >>> title("org/name"), title("runs/7/model/")
+    ('name', '7/model')
+    """
+    *before, name = model.rstrip("/").split("/")
+    return "/".join([*before[-1:], name]) if name == "model" else name
+
+
 def cells(row: Row) -> list[str]:
     """Return one line of a comparison, in the order of ``COLUMNS``."""
     return [
@@ -138,7 +148,8 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
     if report.notes:
         lines += ["Departures from the recipe's grid:", "", *(f"- {note}" for note in report.notes), ""]
     recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
-    return "\n".join([*lines, "The recipe as run:", "", "```yaml", recipe, "```", ""])
+    more = "More in [report.html](report.html): the error of every linear, time and memory, hashes, the command."
+    return "\n".join([*lines, more, "", "The recipe as run:", "", "```yaml", recipe, "```", ""])
 
 
 def allocation_lines(report: Report) -> list[str]:

@@ -61,8 +61,9 @@ class Report:
     linears: module name -> output error (relative, on the calibration tokens; weight error
         where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
     histograms: of the ``WORST`` linears, by name: where their weights lie among the levels (``noise.on_levels``).
-    costs: of every layer, and matrix outside them, in the order of computation: seconds and peak memory, calibration
-        included. None of them where nothing was kept in a work folder.
+    costs: of every layer, then of matrices outside them: seconds and peak memory, calibration included. Empty where
+        nothing was kept in a work folder.
+    command: what was typed. machine: what computed.
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
@@ -358,6 +359,7 @@ def _written(
         linears={},
         notes=list(plan.notes),
         bits_per_weight=round(plan.bits_per_weight, 4),
+        costs=source.costs(),
         resumed_layers=resumed,
         versions={**_versions(), "python": platform.python_version()},
         given_up=dict(plan.given_up),
@@ -368,11 +370,10 @@ def _written(
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
     records = source.all_records()
-    places = {name: told.pop("histogram") for name, told in records.items()}
+    histograms = {name: told.pop("histogram") for name, told in records.items()}
     worst = sorted(records, key=lambda name: (-records[name]["error"], name))[:WORST]
-    report.histograms = {name: places[name] for name in worst}
+    report.histograms = {name: histograms[name] for name in worst}
     report.linears = {name: noise.in_decibels(told) for name, told in records.items()}
-    report.costs = source.costs()
     report.notes += experts.notes(report.linears)
     return report
 
@@ -539,15 +540,10 @@ class Direct:
             total = sum(rows for rows, _ in records)
             keys = [key for key in ("error", *noise.AVERAGED) if records[0][1][key] is not None]
             mean = {key: sum(n * r[key] for n, r in records) / total for key in keys}
-            self._records[name] = (
-                records[0][1]
-                | mean
-                | {
-                    "error": round(mean["error"], 8),
-                    "seconds": round(sum(r["seconds"] for _, r in records), 3),
-                    "histogram": noise.added([r["histogram"] for _, r in records]),
-                }
-            )
+            mean["error"] = round(mean["error"], 8)
+            seconds = round(sum(r["seconds"] for _, r in records), 3)
+            histogram = noise.added([r["histogram"] for _, r in records])
+            self._records[name] = records[0][1] | mean | {"seconds": seconds, "histogram": histogram}
 
         parts = (part for linear in linears for part in _parts(linear))
         with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmquant import noise
 from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, atomic_save, read_json
 from llmquant.errors import CheckpointError, OutputError
@@ -29,7 +30,7 @@ from llmquant.ranks import ALONE, Ranks
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
-TOLD = ("error", "mse", "mean_square", "tokens")  # of every linear, in numbers
+TOLD = ("error", "mse", "mean_square", "tokens", "bits_per_weight", "seconds")  # of every linear, in numbers
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 SCRATCH = "llmquant-scratch"
@@ -61,11 +62,11 @@ class Work:
 
         ranks: that work in it together. The first one has the lock, and alone writes what is to be kept; what it keeps,
         all can read when ``save`` returns. Each has ``scratch`` space of its own.
-        meter: of the run that works in it.
+        meter: of the run that saves parts in it.
         """
         self.folder = folder
         self._ranks = ranks
-        self._meter = meter or Meter(torch.device("cpu"))
+        self._meter = meter
         ranks.from_first(lambda: self._open(folder, fingerprint, restart))
 
     def _open(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
@@ -102,7 +103,8 @@ class Work:
 
     def begin(self) -> None:
         """Begin the part that is saved next: its time and memory count from here."""
-        self._meter.begin()
+        if self._meter is not None:
+            self._meter.begin()
 
     def save(
         self,
@@ -126,7 +128,7 @@ class Work:
                 tensors[f"{name}:{key}"] = value.cpu().contiguous()
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
-        cost = {"part": part, **self._meter.part()}
+        cost = {} if self._meter is None else {"part": part, **self._meter.part()}
         told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {}), "cost": json.dumps(cost)}
         self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
 
@@ -216,7 +218,7 @@ class Work:
 
     def costs(self) -> list[dict[str, Any]]:
         """Return how long each part took, and the memory that it needed at most."""
-        return [cost for path in self._parts() if (cost := _metadata(path, "cost", "{}"))]
+        return [_cost(path) for path in self._parts()]
 
     def _parts(self) -> list[Path]:
         return [p for p in sorted(self.folder.glob("*.safetensors")) if not p.name.startswith(FISHER)]
@@ -302,6 +304,16 @@ def _records(path: Path) -> dict[str, Any]:
     for name, record in found.items():
         if not isinstance(record, dict) or not all(isinstance(record.get(key), int | float) for key in TOLD):
             raise _damaged(path, f"it does not tell the error of {name}")
+        if not isinstance(record.get("layer"), int | None) or not noise.is_histogram(record.get("histogram")):
+            raise _damaged(path, f"it does not tell the layer of {name}, or how its weights lie among the levels")
+    return found
+
+
+def _cost(path: Path) -> dict[str, Any]:
+    found = _metadata(path, "cost")
+    numbers = (found.get("seconds"), found.get("peak_bytes"))
+    if not isinstance(found.get("part"), int | str) or not all(isinstance(x, int | float) for x in numbers):
+        raise _damaged(path, "it does not tell how long it took")
     return found
 
 

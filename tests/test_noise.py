@@ -87,6 +87,28 @@ def test_a_histogram_looks_at_some_rows_of_a_large_matrix_and_leaves_out_groups_
     assert sum(told["weights"]) == rows * (256 - 32)
 
 
+HISTOGRAM = {"levels": [0.0, 1.0], "low": -1.0, "high": 2.0, "weights": [1, 2, 3], "codes": [1, 2]}
+NO_HISTOGRAMS = [
+    {"levels": [0.0]},
+    {"levels": [1.0, 1.0]},
+    {"levels": [0.0, 5.0]},
+    {"high": math.inf},
+    {"low": None},
+    {"weights": [1, -2, 3]},
+    {"weights": "123"},
+    {"weights": []},
+    {"codes": [1, 2, 3]},
+    {"codes": [1, [2]]},
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("change", NO_HISTOGRAMS, ids=str)
+def test_what_a_damaged_file_tells_is_not_taken_for_a_histogram(change):
+    assert noise.is_histogram(HISTOGRAM)
+    assert not noise.is_histogram(HISTOGRAM | change)
+
+
 def test_pieces_of_a_matrix_add_up(llama, tmp_path, monkeypatch):
     reports = []
     for piece in (1 << 20, 1000):
