@@ -20,6 +20,7 @@ COUNTED = ("weights", "codes")
 """What ``on_levels`` counts."""
 BINS = 96  # about
 SAMPLE = 1 << 15  # weights that are looked at, in whole rows
+WORST = 4  # linears of which the histogram is kept: of each layer, then of all
 
 
 def of_weights(q: QuantizedTensor, mse: float, mean_square: float) -> dict[str, float | None]:
@@ -76,6 +77,12 @@ def is_histogram(found: Any) -> bool:
         return False
     counted = min(found["weights"] + found["codes"]) >= 0 and len(found["codes"]) == len(found["levels"])
     return bool(counted and found["low"] <= found["levels"][0] < found["levels"][-1] <= found["high"])
+
+
+def worst(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the linears, at most ``WORST``, with the largest errors of those whose records have a histogram."""
+    known = [name for name, record in records.items() if "histogram" in record]
+    return sorted(known, key=lambda name: (-records[name]["error"], name))[:WORST]
 
 
 def added(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -51,7 +51,6 @@ from llmquant.stats import Accumulator, Stats
 from llmquant.stream import BATCH_TOKENS, Stream
 
 OnError = Literal["stop", "skip"]
-WORST = 4  # linears of which a report shows how the levels suit the weights
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Report:
 
     linears: module name -> output error (relative, on the calibration tokens; weight error
         where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
-    histograms: of the ``WORST`` linears, by name: where their weights lie among the levels (``noise.on_levels``).
+    histograms: of the worst linears, by name: where their weights lie among the levels (``noise.on_levels``).
     costs: of every layer, then of matrices outside them: seconds and peak memory, calibration included. Empty where
         nothing was kept in a work folder.
     command: what was typed. machine: what computed.
@@ -370,9 +369,9 @@ def _written(
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
     records = source.all_records()
-    histograms = {name: told.pop("histogram") for name, told in records.items()}
-    worst = sorted(records, key=lambda name: (-records[name]["error"], name))[:WORST]
-    report.histograms = {name: histograms[name] for name in worst}
+    report.histograms = {name: records[name]["histogram"] for name in noise.worst(records)}
+    for told in records.values():
+        told.pop("histogram", None)
     report.linears = {name: noise.in_decibels(told) for name, told in records.items()}
     report.notes += experts.notes(report.linears)
     return report
@@ -486,7 +485,8 @@ class Direct:
         self._checkpoint = checkpoint
         self._device = device
         self._importance = importance
-        self._records: dict[str, Any] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+        self._shown: list[str] = []
 
     def save(self, log: work.Work, progress: Progress, skip: bool = False) -> None:
         """Quantize all linears into a work folder. skip: leave out what cannot be quantized."""
@@ -519,8 +519,16 @@ class Direct:
         weight = self._weight(part, 0, part.rows)
         done, records, _ = sites.quantize_together([part], [weight], self._stats(linear))
         if rows is None:
-            self._records |= records
+            self._record(linear.name, records[linear.name])
         return done[linear.name]
+
+    def _record(self, name: str, told: dict[str, Any]) -> None:
+        """Keep what a report tells of a linear; the histogram only while it is one of the worst."""
+        self._records[name] = told
+        candidates = {n: self._records[n] for n in (*self._shown, name)}
+        self._shown = noise.worst(candidates)
+        for n in candidates.keys() - set(self._shown):
+            del self._records[n]["histogram"]
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
@@ -543,7 +551,7 @@ class Direct:
             mean["error"] = round(mean["error"], 8)
             seconds = round(sum(r["seconds"] for _, r in records), 3)
             histogram = noise.added([r["histogram"] for _, r in records])
-            self._records[name] = records[0][1] | mean | {"seconds": seconds, "histogram": histogram}
+            self._record(name, records[0][1] | mean | {"seconds": seconds, "histogram": histogram})
 
         parts = (part for linear in linears for part in _parts(linear))
         with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:

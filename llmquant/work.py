@@ -129,6 +129,11 @@ class Work:
             if q.inputs is not None:
                 tensors |= {f"{name}:{INPUTS}{key}": value.cpu().clone() for key, value in q.inputs.params.items()}
         cost = {} if self._meter is None else {"part": part, **self._meter.part()}
+        shown = noise.worst(records)
+        records = {
+            name: {key: value for key, value in record.items() if key != "histogram" or name in shown}
+            for name, record in records.items()
+        }
         told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {}), "cost": json.dumps(cost)}
         self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
 
@@ -304,8 +309,10 @@ def _records(path: Path) -> dict[str, Any]:
     for name, record in found.items():
         if not isinstance(record, dict) or not all(isinstance(record.get(key), int | float) for key in TOLD):
             raise _damaged(path, f"it does not tell the error of {name}")
-        if not isinstance(record.get("layer"), int | None) or not noise.is_histogram(record.get("histogram")):
-            raise _damaged(path, f"it does not tell the layer of {name}, or how its weights lie among the levels")
+        if not isinstance(record.get("layer"), int | None):
+            raise _damaged(path, f"it does not tell the layer of {name}")
+        if "histogram" in record and not noise.is_histogram(record["histogram"]):
+            raise _damaged(path, f"it does not tell how the weights of {name} lie among the levels")
     return found
 
 
