@@ -9,6 +9,7 @@ llmquant.compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.t
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 import llmquant
-from llmquant import allocation, data, evaluation, plugins, ranks, run
+from llmquant import allocation, data, evaluation, html, plugins, ranks, run
 from llmquant import budget as budgets
 from llmquant import export as exporting
 from llmquant import recipe as recipes
@@ -85,6 +86,7 @@ def quantize(
     on_error: run.OnError = "stop",
     verify: bool = True,
     trust_remote_code: bool = False,
+    command: str = "",
     progress: Progress = silent,
 ) -> Report:
     """Quantize a model by a recipe, write it, measure what was written, and return the report.
@@ -102,6 +104,7 @@ def quantize(
         factorised, scales that a format cannot hold), or "skip" it: it stays float, with those that read the same
         activations, and ``Report.given_up`` says why.
     verify: read back what was written, before it gets its name.
+    command: what was typed, for the report.
 
     Where ``torchrun`` started this process, all its processes quantize together, each to be given the same arguments;
     the first one writes and evaluates.
@@ -119,6 +122,7 @@ def quantize(
         raise DataError("noise: is measured where the result is evaluated, and there is no text for that. Give text.")
 
     def evaluated(report: Report, windows: Windows | None) -> Report:
+        report.command = command
         rows: list[Row] = []
         if windows is not None:
             _finish(report, rows, model)  # whole, should measuring it be stopped
@@ -172,12 +176,15 @@ def compare(
     protocol: str = "llama.cpp",
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
+    command: str = "",
     progress: Progress = silent,
 ) -> list[Row]:
     """Quantize a model by several recipes and return one line each, the float model first.
 
-    Writes ``out/RECIPE`` (or ``out/RECIPE/FORMAT``), ``out/report.md`` and ``out/report.json``. The same call goes on
-    after a crash with the recipes that are not finished; one with more recipes or another text adds those.
+    Writes ``out/RECIPE`` (or ``out/RECIPE/FORMAT``), ``out/report.html``, ``out/report.md`` and ``out/report.json``.
+    The same call goes on after a crash with the recipes that are not finished; one with more recipes or another text
+    adds those.
+    command: as for ``quantize``.
 
     >>> compare("org/model", ["rtn-w4g128", "gptq-w4g128"], "out", text="test.txt")  # doctest: +SKIP
     """
@@ -191,30 +198,36 @@ def compare(
     for one in chosen:  # whatever cannot work stops here, before any work
         plan(model, one, trust_remote_code=trust_remote_code)
     windows = None if text is None else evaluation.read_windows(model, text, protocol, max_tokens)
+    if not chosen:
+        raise RecipeError("compare: there is no recipe. Name at least one.")
     if windows is None and not any(r.calibration for r in chosen):
         raise DataError("compare: there is no text to evaluate on. Give --text FILE.")
     reference = Reference(model, device, trust_remote_code)
-    reports = []
+    written = []
     with _taken_up(out, model, chosen):
         for one in chosen:
             report = _finished(out / one.name)
             if report is None:
                 shutil.rmtree(out / one.name, ignore_errors=True)
                 report, held_out = _run(model, one, out / one.name, None, device, False, trust_remote_code, progress)
+                report.command = command
                 _finish(report, [], model)
             elif windows is None:
                 held_out = _held_out(model, one, trust_remote_code)
             windows = windows or held_out
-            reports.append(report)
+            written.append(report)
         if windows is None:
             raise DataError("compare: the calibration text leaves nothing to evaluate on. Give --text FILE.")
         rows = [evaluation.evaluate(model, windows, reference, "float", device, trust_remote_code, progress=progress)]
-        for report in reports:
+        for report in written:
             measured = _measure(report, windows, reference, device, trust_remote_code, progress)
             _finish(report, [rows[0], *measured], model)
             rows += measured
-        write_json(out / "report.json", {"model": str(model), "rows": [row.as_dict() for row in rows]})
-        write_text(out / "report.md", _comparison(rows, model))
+        told = {"model": str(model), "command": command, "rows": [row.as_dict() for row in rows]}
+        folders = {row.path: Path(os.path.relpath(row.path, out)).as_posix() for row in rows[1:]}
+        write_json(out / "report.json", told)
+        write_text(out / "report.md", reports.comparison(rows, reports.title(str(model))))
+        write_text(out / html.FILE, html.compared(rows, written, str(model), command, folders))
     return rows
 
 
@@ -299,15 +312,18 @@ def sensitivity(
     device: str = "auto",
     restart: bool = False,
     trust_remote_code: bool = False,
+    command: str = "",
     announce: Callable[[Cost], None] = lambda cost: None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """Quantize each linear (or site, or layer) alone, measure what it does to the predictions, and return that.
 
-    Writes ``out/sensitivity.json`` after every measurement; the same call goes on from there.
+    Writes ``out/sensitivity.json`` after every measurement; the same call goes on from there. At the end,
+    ``out/report.html`` and ``out/report.md``.
     text: what to measure on; not the calibration text.
     grids: separated by commas: "recipe", names of grids, bits for the recipe's own grid ("3", "w3g64"), or "budget"
         for the set that budgets are usually filled with.
+    command: as for ``quantize``.
     announce: told what it will cost before the measurements begin.
 
     >>> sensitivity("org/model", "gguf-q4_k_s", "out", text="dev.txt", grids="budget")  # doctest: +SKIP
@@ -317,9 +333,13 @@ def sensitivity(
     if calibration and not isinstance(text, data.TextSource) and calibration.absolute() == Path(text).absolute():
         raise DataError(f"--text {text}: the recipe calibrates on this text. Measure on another one.")
     windows = evaluation.read_windows(model, text, protocol, max_tokens)
-    return sensitivities.measure(
-        model, chosen, windows, Path(out), by, grids, device, restart, trust_remote_code, announce, progress
+    out = Path(out)
+    found = sensitivities.measure(
+        model, chosen, windows, out, by, grids, device, restart, trust_remote_code, announce, progress
     )
+    write_text(out / "report.md", reports.sensitivity(found))
+    write_text(out / html.FILE, html.sensitive(found, command))
+    return found
 
 
 def budget(
@@ -398,15 +418,21 @@ def _measure(
 
 
 def _finish(report: Report, rows: Sequence[Row], model: str | Path) -> None:
-    """Put the report and the model card into every folder that a run wrote."""
+    """Put the reports and the model card into every folder that a run wrote."""
+
+    def write(folder: Path, name: str, text: str, hashes: dict[str, str]) -> None:
+        write_text(folder / name, text)
+        hashes[name] = Digest(folder / name).hexdigest()
+
     report.evaluation = [row.as_dict() for row in rows]
     readme = locate(model) / "README.md"
     inherited = reports.front_matter(readme.read_text("utf-8", errors="replace")) if readme.is_file() else {}
-    for format_, folder in report.outputs.items():
-        mine = [row for row in rows if row.recipe == "float" or row.path == folder]
-        write_text(Path(folder) / "README.md", reports.model_card(report, mine, format_, str(model), inherited))
-        report.hashes[format_]["README.md"] = Digest(Path(folder) / "README.md").hexdigest()
-        write_json(Path(folder) / REPORT, report.as_dict())
+    for format_, path in report.outputs.items():
+        mine = [row for row in rows if row.recipe == "float" or row.path == path]
+        folder, hashes = Path(path), report.hashes[format_]
+        write(folder, "README.md", reports.model_card(report, mine, format_, str(model), inherited), hashes)
+        write(folder, html.FILE, html.quantized(report, mine, format_), hashes)
+        write_json(folder / REPORT, report.as_dict())
 
 
 @contextmanager
@@ -458,10 +484,6 @@ def _held_out(model: str | Path, recipe: Recipe, trust_remote_code: bool) -> Win
     if recipe.budget is not None:
         return allocation.splits(model, recipe, trust_remote_code).held_out
     return run.held_out(model, recipe, trust_remote_code)
-
-
-def _comparison(rows: Sequence[Row], model: str | Path) -> str:
-    return reports.comparison(rows, Path(model).name)
 
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -80,9 +81,9 @@ def demo(
     from llmquant import demo as demonstration
 
     with _progress(again=False) as tell:
-        rows, written = demonstration.run(folder, tell)
+        rows, written = demonstration.run(folder, tell, _command())
     _show(rows)
-    out.print(f"Written below {escape(str(written))}: packed weights, model cards, report.md and report.json")
+    out.print(f"Written below {escape(str(written))}: packed weights, model cards; report.html shows the comparison")
     _write(facts, {"rows": [row.as_dict() for row in rows]})
 
 
@@ -185,7 +186,9 @@ def quantize(
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Quantize a model and write it. The same command after a crash goes on where it stopped.
+    """Quantize a model and write it, with a report: report.html, README.md and llmquant-report.json.
+
+    The same command after a crash goes on where it stopped.
 
     Several processes do it together, on one machine or on several with a shared folder for --work, started by
     `torchrun --nproc-per-node 2 -m llmquant quantize ...`.
@@ -223,6 +226,7 @@ def quantize(
             on_error=cast("run.OnError", on_error),
             verify=not no_verify,
             trust_remote_code=trust,
+            command=_command(),
             progress=tell,
         )
     _end(report, facts, not no_eval)
@@ -429,7 +433,7 @@ def compare(
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Quantize a model by several recipes and compare them in one table.
+    """Quantize a model by several recipes and compare them: a table, report.html, report.md and report.json.
 
     The same command after a crash goes on where it stopped; with one more recipe, it adds that.
 
@@ -448,10 +452,11 @@ def compare(
             protocol=protocol,
             max_tokens=max_tokens,
             trust_remote_code=trust,
+            command=_command(),
             progress=tell,
         )
     _show(rows)
-    out.print(f"{escape(str(folder))}: the models, report.md and report.json")
+    out.print(f"{escape(str(folder))}: the models, report.html, report.md and report.json")
     _write(facts, {"rows": [row.as_dict() for row in rows]})
 
 
@@ -513,12 +518,13 @@ def sensitivity(
 ) -> None:
     """Quantize each linear (or site, or layer) alone, and measure what it does to the model's predictions.
 
-    Writes sensitivity.json (for `llmquant plan --budget`) and sensitivity.png.
+    Writes sensitivity.json (for `llmquant plan --budget`), report.html and report.md.
 
     Example: llmquant sensitivity org/model gguf-q4_k_s --grids budget --text dev.txt --out sensitivity
     """
     from llmquant import api
     from llmquant import sensitivity as sensitivities
+    from llmquant.report import sensitivity_table
 
     with _progress() as tell:
         found = api.sensitivity(
@@ -534,21 +540,20 @@ def sensitivity(
             device=device,
             restart=restart,
             trust_remote_code=trust,
+            command=_command(),
             announce=lambda cost: out.print(str(cost), soft_wrap=True),
             progress=tell,
         )
+    columns, rows = sensitivity_table(found)
     table = Table()
-    for column in ("unit", "weights", *(f"KLD {grid}" for grid in found.grids)):
+    for column in columns:
         table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
-    for name, results in found.table().items():
-        weights = next(unit.weights for unit in found.units if unit.name == name)
-        klds = (f"{results[g].kld:.6f} ± {results[g].kld_error:.6f}" if g in results else "" for g in found.grids)
-        table.add_row(escape(name), f"{weights:,}", *klds)
+    for row in rows:
+        table.add_row(*map(escape, row))
     _wide().print(table)
     out.print(f"KLD from the float model, nats a token, each quantized alone. {escape(found.protocol)}", soft_wrap=True)
     _write(facts, dataclasses.asdict(found))
-    sensitivities.draw(found, folder / "sensitivity.png")
-    out.print(f"{escape(str(folder))}: sensitivity.json and sensitivity.png")
+    out.print(f"{escape(str(folder))}: sensitivity.json, report.html and report.md")
 
 
 @app.command()
@@ -736,6 +741,11 @@ def _show(rows: list[Row]) -> None:
     _wide().print(table)
     for protocol in sorted({row.protocol for row in rows}):
         out.print(f"Protocol: {escape(protocol)}", soft_wrap=True)
+
+
+def _command() -> str:
+    """Return what was typed."""
+    return shlex.join(["llmquant", *sys.argv[1:]])
 
 
 def _wide() -> Console:

@@ -67,6 +67,7 @@ def quantize_layers(
         information = _keep_information(plan, stream, log, tokens, places["all"])
         for linear in lookups:
             if not log.has(linear.part):
+                log.begin()
                 stats = lookup_stats(plan, stream, linear, tokens, information, places["all"])
                 _save_outside(plan, log, linear, stream.embedding_weight(), stats, skip)
             if linear.name in log.given_up(linear.part):
@@ -80,6 +81,7 @@ def quantize_layers(
             progress("quantizing layers", index, plan.layers)
             last = index == end - 1 and not heads
             if not log.has(index):
+                log.begin()
                 _quantize_layer(plan, stream, log, index, activations, aimed, not last, skip)
             elif not last:
                 _pass_finished(plan, stream, log, index, activations, aimed)
@@ -87,6 +89,7 @@ def quantize_layers(
         if heads:
             stream.load()
         for linear in heads:
+            log.begin()
             aim = aimed if plan.recipe.mismatch_correction else None
             stats = head_stats(stream, tokens, activations, plan, aim)
             _save_outside(plan, log, linear, stream.head_weight(), stats, skip)

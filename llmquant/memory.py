@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,47 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Meter:
+    """Measures how long a run takes and the memory it needs at most, and the same of its parts, one after the other.
+
+    device: which computes. The memory of a part is its own where that is a GPU, else this process's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = time.monotonic()
+        self._before = 0
+        reset_peak()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a part."""
+        self._before = self.peak_rss_bytes
+        reset_peak()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._begun = time.monotonic()
+
+    def part(self) -> dict[str, float]:
+        """Return what the part that was begun last has taken so far."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = peak_bytes()
+        return {"seconds": round(time.monotonic() - self._begun, 3), "peak_bytes": peak}
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._started, 2)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The process's resident memory at most, of all parts and of what was between them."""
+        return max(self._before, peak_bytes())
 
 
 def room_bytes(device: torch.device) -> int:

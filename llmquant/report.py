@@ -12,6 +12,7 @@ from llmquant import plugins
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
     from llmquant.run import Report
+    from llmquant.sensitivity import Measured, Sensitivity
 
 COLUMNS = ("recipe", "format", "size", "bpw", "perplexity", "KLD", "KLD 99 %", "top-1", "seconds", "peak memory")
 
@@ -27,6 +28,16 @@ def size(count: int) -> str:
             value = count / one
             return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
     return f"{count} B"
+
+
+def title(model: str) -> str:
+    """Return the name of a model for people: of its folder, or of two where that says nothing.
+
+    >>> title("org/name"), title("runs/7/model/")
+    ('name', '7/model')
+    """
+    *before, name = model.rstrip("/").split("/")
+    return "/".join([*before[-1:], name]) if name == "model" else name
 
 
 def cells(row: Row) -> list[str]:
@@ -66,6 +77,32 @@ def comparison(rows: Sequence[Row], model: str) -> str:
             "the float model's predictions, in nats a token (0 is identical). top-1: share of tokens for which both "
             "models find the same next token likeliest. Seconds and peak memory: of quantizing and writing (float: of "
             "evaluating). Every figure is measured on the written files, decoded.",
+            "",
+        ]
+    )
+
+
+def sensitivity_table(found: Sensitivity) -> tuple[list[str], list[list[str]]]:
+    """Return columns, and a line for every unit: name, weights, the divergence on every grid and its standard error."""
+
+    def told(result: Measured | None) -> str:
+        return "" if result is None else f"{result.kld:.6f} ± {result.kld_error:.6f}"
+
+    table = found.table()
+    rows = [[u.name, f"{u.weights:,}", *(told(table[u.name].get(grid)) for grid in found.grids)] for u in found.units]
+    return ["unit", "weights", *(f"KLD {grid}" for grid in found.grids)], rows
+
+
+def sensitivity(found: Sensitivity) -> str:
+    """Return the Markdown report of what each unit does alone."""
+    return "\n".join(
+        [
+            f"# What each {found.by} of {found.model} does alone, quantized as {found.recipe} does",
+            "",
+            markdown(*sensitivity_table(found)),
+            "",
+            f"KLD: mean KL divergence of the whole model's predictions from the float model's, in nats a token, all "
+            f"other weights being float. {found.protocol}.",
             "",
         ]
     )
@@ -111,7 +148,8 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
     if report.notes:
         lines += ["Departures from the recipe's grid:", "", *(f"- {note}" for note in report.notes), ""]
     recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
-    return "\n".join([*lines, "The recipe as run:", "", "```yaml", recipe, "```", ""])
+    more = "More in [report.html](report.html): the error of every linear, time and memory, hashes, the command."
+    return "\n".join([*lines, more, "", "The recipe as run:", "", "```yaml", recipe, "```", ""])
 
 
 def allocation_lines(report: Report) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import platform
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -60,6 +60,10 @@ class Report:
 
     linears: module name -> output error (relative, on the calibration tokens; weight error
         where there are none), noise (``llmquant.noise``), damping, bits per weight, seconds.
+    histograms: of the worst linears, by name: where their weights lie among the levels (``noise.on_levels``).
+    costs: of every layer, then of matrices outside them: seconds and peak memory, calibration included. Empty where
+        nothing was kept in a work folder.
+    command: what was typed. machine: what computed.
     residual_errors: format -> after each layer, how far the residual stream is from the float model's, as a share
         of its size; where asked for.
     allocation: how the types were chosen (``llmquant.allocation``), where the recipe has a budget.
@@ -74,6 +78,10 @@ class Report:
     linears: dict[str, dict[str, Any]]
     notes: list[str]
     bits_per_weight: float
+    command: str = ""
+    machine: str = ""
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    costs: list[dict[str, Any]] = field(default_factory=list)
     outputs: dict[str, str] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -222,8 +230,7 @@ def quantize(
     verify: read back what was written.
     ranks: the processes that do this together. Where nothing is calibrated, the first one does it alone.
     """
-    started = time.monotonic()
-    memory.reset_peak()
+    meter = memory.Meter(device_of(device))
     out = Path(out)
     ranks.from_first(lambda: check_output(out))
     stream = _opened(model, recipe_, device_of(device), trust_remote_code, memory_limit, ranks)
@@ -256,7 +263,7 @@ def quantize(
     with ExitStack() as stack:
         source: work.Work | Direct = direct
         if saves:
-            source = log = work.Work(folder, fingerprint(checkpoint, plan, text, lessons), restart, ranks)
+            source = log = work.Work(folder, fingerprint(checkpoint, plan, text, lessons), restart, ranks, meter)
             stack.callback(log.close)
             resumed = sum(log.has(i) for i in range(plan.layers))
             plan = _saved(plan, stream, direct, log, text, progress, on_error)
@@ -271,8 +278,9 @@ def quantize(
         report.training = trained
         if saves and work_folder is None:
             log.remove()
-    report.seconds = round(time.monotonic() - started, 2)
-    report.peak_rss_bytes = memory.peak_bytes()
+    report.machine = machine(stream.device, ranks)
+    report.seconds = meter.seconds
+    report.peak_rss_bytes = meter.peak_rss_bytes
     if lessons is not None:
         text = replace(lessons, held_out=lessons.held_out[1::2])
     return report, None if text is None else data.held_out_windows(text)
@@ -375,6 +383,7 @@ def _written(
         linears={},
         notes=list(plan.notes),
         bits_per_weight=round(plan.bits_per_weight, 4),
+        costs=source.costs(),
         resumed_layers=resumed,
         versions={**_versions(), "python": platform.python_version()},
         given_up=dict(plan.given_up),
@@ -384,7 +393,11 @@ def _written(
         report.outputs[name] = str(target)
         report.bytes[name] = written.bytes
         report.hashes[name] = written.hashes
-    report.linears = {name: noise.in_decibels(told) for name, told in source.all_records().items()}
+    records = source.all_records()
+    report.histograms = {name: records[name]["histogram"] for name in noise.worst(records)}
+    for told in records.values():
+        told.pop("histogram", None)
+    report.linears = {name: noise.in_decibels(told) for name, told in records.items()}
     report.notes += experts.notes(report.linears)
     return report
 
@@ -466,6 +479,14 @@ def fingerprint(
     }
 
 
+def machine(device: torch.device, ranks: Ranks = ALONE) -> str:
+    """Return what computed, for people: the GPU or the processor, the threads, the processes."""
+    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    threads = f"threads: {torch.get_num_threads()} of {os.cpu_count()}"
+    processes = [f"processes: {ranks.size}"] if ranks.size > 1 else []
+    return ", ".join([*gpu, f"{platform.system()} {platform.machine()}", threads, *processes])
+
+
 def _versions() -> dict[str, str]:
     return {
         "llmquant": llmquant.__version__,
@@ -496,7 +517,8 @@ class Direct:
         self._checkpoint = checkpoint
         self._device = device
         self._importance = importance
-        self._records: dict[str, Any] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+        self._shown: list[str] = []
 
     def save(self, log: work.Work, progress: Progress, skip: bool = False) -> None:
         """Quantize all linears into a work folder. skip: leave out what cannot be quantized."""
@@ -505,6 +527,7 @@ class Direct:
             progress("quantizing", i, len(parts))
             if log.has(part):
                 continue
+            log.begin()
             done: dict[str, QuantizedTensor] = {}
             given_up: dict[str, str] = {}
             for linear in linears:
@@ -528,8 +551,16 @@ class Direct:
         weight = self._weight(part, 0, part.rows)
         done, records, _ = sites.quantize_together([part], [weight], self._stats(linear))
         if rows is None:
-            self._records |= records
+            self._record(linear.name, records[linear.name])
         return done[linear.name]
+
+    def _record(self, name: str, told: dict[str, Any]) -> None:
+        """Keep what a report tells of a linear; the histogram only while it is one of the worst."""
+        self._records[name] = told
+        candidates = {n: self._records[n] for n in (*self._shown, name)}
+        self._shown = noise.worst(candidates)
+        for n in candidates.keys() - set(self._shown):
+            del self._records[n]["histogram"]
 
     def pieces(
         self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
@@ -547,9 +578,12 @@ class Direct:
                 records.append((rows, record))
                 yield packed
             total = sum(rows for rows, _ in records)
-            keys = [key for key in ("error", "seconds", *noise.AVERAGED) if records[0][1][key] is not None]
+            keys = [key for key in ("error", *noise.AVERAGED) if records[0][1][key] is not None]
             mean = {key: sum(n * r[key] for n, r in records) / total for key in keys}
-            self._records[name] = records[0][1] | mean | {k: round(mean[k], 8) for k in ("error", "seconds")}
+            mean["error"] = round(mean["error"], 8)
+            seconds = round(sum(r["seconds"] for _, r in records), 3)
+            histogram = noise.added([r["histogram"] for _, r in records])
+            self._record(name, records[0][1] | mean | {"seconds": seconds, "histogram": histogram})
 
         parts = (part for linear in linears for part in _parts(linear))
         with closing(threads.side_by_side(lambda part: quantize(*part), parts)) as done:
@@ -572,7 +606,10 @@ class Direct:
         return weight
 
     def all_records(self) -> dict[str, Any]:
-        return self._records
+        return {name: dict(record) for name, record in self._records.items()}
+
+    def costs(self) -> list[dict[str, Any]]:
+        return []
 
 
 def _parts(linear: Linear) -> Iterator[tuple[Linear, int]]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from llmquant import calibrate, data, experts, layers, plugins, run, sites
 from llmquant.checkpoint import read_json
 from llmquant.errors import CheckpointError, OutputError, RecipeError
-from llmquant.files import cannot_write, held, replacing, write_json
+from llmquant.files import cannot_write, held, write_json
 from llmquant.grid import dequantize
 from llmquant.metrics import Result, Scores
 from llmquant.models import moe
@@ -406,34 +406,6 @@ def read(path: Path) -> Sensitivity:
     if not isinstance(model, dict) or not {"folder", "hash"} <= model.keys() or not isinstance(recipe_, dict):
         raise CheckpointError(f"{path}: does not tell which model and recipe it was measured for")
     return found
-
-
-def draw(found: Sensitivity, path: Path) -> None:
-    """Write a bar chart: a bar for every unit and grid, by its divergence."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutputError(
-            f"{path}: is not drawn, for want of matplotlib. Everything else is written. For the chart: "
-            "pip install 'llmquant[bench]', and the same command again"
-        ) from None
-    grids, table = found.grids, found.table()
-    height = 0.8 / max(len(grids), 1)
-    figure = Figure(figsize=(9, 1.5 + len(found.units) * max(0.22, 0.09 * len(grids))), layout="constrained")
-    axes = figure.add_subplot()
-    for i, grid in enumerate(grids):
-        places = [at for at, unit in enumerate(found.units) if grid in table[unit.name]]
-        results = [table[found.units[at].name][grid] for at in places]
-        axes.barh([at + i * height for at in places], [max(r.kld, 1e-12) for r in results], height, label=grid)
-    axes.set_yticks([at + (len(grids) - 1) * height / 2 for at in range(len(found.units))])
-    axes.set_yticklabels([unit.name for unit in found.units], fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("mean KL divergence from the float model when quantized alone, nats a token")
-    axes.legend()
-    with replacing(path) as beside:
-        figure.savefig(beside, format=path.suffix[1:])
 
 
 class _Walk:

@@ -517,6 +517,7 @@ def _record(linear: Linear, w: Tensor, q: QuantizedTensor, sums: Tensor, tokens:
         **({f"input_{key}": float(value) for key, value in q.inputs.params.items()} if q.inputs else {}),
         "layer": linear.layer,
         **noise.of_weights(q, wrong / w.numel(), loud / w.numel()),
+        "histogram": noise.on_levels(q, w),
         **q.record,
     }
 

@@ -17,18 +17,20 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmquant import noise
 from llmquant.activations import Inputs
 from llmquant.checkpoint import Checkpoint, atomic_save, read_json
 from llmquant.errors import CheckpointError, OutputError
 from llmquant.files import cannot_write, write_json
 from llmquant.gradients import LayerInformation
 from llmquant.grid import QuantizedTensor, rows_of
+from llmquant.memory import Meter
 from llmquant.plan import Linear, placeholder
 from llmquant.ranks import ALONE, Ranks
 
 NOTE = "work.json"
 FLOAT = "float:"  # before the name of a tensor that is not quantized
-TOLD = ("error", "mse", "mean_square", "tokens")  # of every linear, in numbers
+TOLD = ("error", "mse", "mean_square", "tokens", "bits_per_weight", "seconds")  # of every linear, in numbers
 FISHER = "fisher-"  # before the number of a layer of which the outputs' information is kept until it is finished
 OUTSIDE = "outside-"  # before the file name of a matrix that belongs to no layer
 SCRATCH = "llmquant-scratch"
@@ -45,20 +47,27 @@ class Work:
     """A folder of finished layers. What it was begun for is in ``work.json``; anything else is refused.
 
     A file holds, for every linear of a layer or for one outside of them, its codes, the stored parameters of
-    its grid and of its inputs, and what a report says about it; and the float
-    tensors of the layer that transforms changed.
+    its grid and of its inputs, and what a report says about it; the float
+    tensors of the layer that transforms changed; and the time and memory that all this took.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], restart: bool = False, ranks: Ranks = ALONE
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        restart: bool = False,
+        ranks: Ranks = ALONE,
+        meter: Meter | None = None,
     ) -> None:
         """Open or create the folder and lock it; raise OutputError when it was begun for something else.
 
         ranks: that work in it together. The first one has the lock, and alone writes what is to be kept; what it keeps,
         all can read when ``save`` returns. Each has ``scratch`` space of its own.
+        meter: of the run that saves parts in it.
         """
         self.folder = folder
         self._ranks = ranks
+        self._meter = meter
         ranks.from_first(lambda: self._open(folder, fingerprint, restart))
 
     def _open(self, folder: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
@@ -93,6 +102,11 @@ class Work:
     def has(self, part: int | str) -> bool:
         return self._ranks.from_first(self._path(part).exists)
 
+    def begin(self) -> None:
+        """Begin the part that is saved next: its time and memory count from here."""
+        if self._meter is not None:
+            self._meter.begin()
+
     def save(
         self,
         part: int | str,
@@ -109,12 +123,19 @@ class Work:
         tensors = {f"{FLOAT}{name}": value.cpu().contiguous() for name, value in (floats or {}).items()}
         for name, q in linears.items():
             tensors |= {f"{name}:{key}": value for key, value in stored(q).items()}
-        told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {})}
+        cost = {} if self._meter is None else {"part": part, **self._meter.part()}
+        shown = noise.worst(records)
+        records = {
+            name: {key: value for key, value in record.items() if key != "histogram" or name in shown}
+            for name, record in records.items()
+        }
+        told = {"records": json.dumps(records), "given_up": json.dumps(given_up or {}), "cost": json.dumps(cost)}
         self._ranks.from_first(lambda: atomic_save(self._path(part), tensors, told, KEPT))
 
     def replace(self, part: int | str, tensors: Mapping[str, Tensor]) -> None:
         """Put some tensors of a part in the place of those before, or beside them, by their names in its file."""
-        path, found, told = self._path(part), dict(tensors), {"records": "{}"}
+        path, found = self._path(part), dict(tensors)
+        told = {"records": "{}", "cost": json.dumps({"part": part, "seconds": 0.0, "peak_bytes": 0})}
         if path.exists():
             with _opened(path) as file:
                 told = file.metadata()
@@ -223,6 +244,10 @@ class Work:
         """Return what was recorded about every linear."""
         return {name: record for path in self._parts() for name, record in _records(path).items()}
 
+    def costs(self) -> list[dict[str, Any]]:
+        """Return how long each part took, and the memory that it needed at most."""
+        return [_cost(path) for path in self._parts()]
+
     def _parts(self) -> list[Path]:
         found = sorted(self.folder.glob("*.safetensors"))
         return [path for path in found if not path.name.startswith(FISHER) and path.name != TRAINING]
@@ -318,6 +343,18 @@ def _records(path: Path) -> dict[str, Any]:
     for name, record in found.items():
         if not isinstance(record, dict) or not all(isinstance(record.get(key), int | float) for key in TOLD):
             raise _damaged(path, f"it does not tell the error of {name}")
+        if not isinstance(record.get("layer"), int | None):
+            raise _damaged(path, f"it does not tell the layer of {name}")
+        if "histogram" in record and not noise.is_histogram(record["histogram"]):
+            raise _damaged(path, f"it does not tell how the weights of {name} lie among the levels")
+    return found
+
+
+def _cost(path: Path) -> dict[str, Any]:
+    found = _metadata(path, "cost")
+    numbers = (found.get("seconds"), found.get("peak_bytes"))
+    if not isinstance(found.get("part"), int | str) or not all(isinstance(x, int | float) for x in numbers):
+        raise _damaged(path, "it does not tell how long it took")
     return found
 
 

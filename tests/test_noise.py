@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from llmquant import api, evaluation, noise, recipe, run
 from llmquant.errors import DataError
@@ -55,15 +56,69 @@ def test_uniform_noise_predicts_rounding_where_nothing_is_clipped(llama, tmp_pat
     assert told["mse_uniform"] == pytest.approx(float(scale.square().mean() / 12), rel=1e-5)
 
 
+def test_the_histogram_counts_the_weights_and_codes_of_the_written_file(llama, tmp_path):
+    changes = ["grid.group_size=32", "grid.scale_dtype=float32"]
+    report = api.quantize(llama, "rtn-w4g128", tmp_path / "out", changes=changes, evaluate=False)
+    worst = sorted(report.linears, key=lambda name: -report.linears[name]["error"])[:4]
+    assert list(report.histograms) == worst
+    for name, told in report.histograms.items():
+        w, q = both(llama, tmp_path / "out", name)
+        scale = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight_scale"].double().numpy().repeat(32, 1)
+        assert told["levels"] == list(range(-8, 8))
+        x = np.clip(w / scale, told["low"], told["high"])
+        counts, edges = np.histogram(x, len(told["weights"]), (told["low"], told["high"]))
+        assert np.abs(counts - told["weights"]).sum() <= 4  # on an edge
+        assert np.abs(edges + (edges[1] - edges[0]) / 2 - 7).min() < 1e-4  # a level is in the middle of its bin
+        codes, counts = np.unique(np.round(q / scale).astype(int) + 8, return_counts=True)
+        assert [told["codes"][code] for code in codes] == counts.tolist()
+
+
+def test_a_histogram_looks_at_some_rows_of_a_large_matrix_and_leaves_out_groups_of_zeros():
+    from llmquant.grid import QuantizedTensor, encode_all, fit_all
+    from llmquant.grids.q4_0 import Config
+
+    w = torch.randn(600, 256, generator=torch.Generator().manual_seed(0))
+    w[:, :32] = 0
+    grid = Config().bind(600, 256, torch.float32)
+    params = fit_all(grid, w, torch.ones(256))
+    told = noise.on_levels(QuantizedTensor(grid, encode_all(grid, w, params), params), w)
+    rows = noise.SAMPLE // 256
+    assert sum(told["codes"]) == rows * 256
+    assert sum(told["weights"]) == rows * (256 - 32)
+
+
+HISTOGRAM = {"levels": [0.0, 1.0], "low": -1.0, "high": 2.0, "weights": [1, 2, 3], "codes": [1, 2]}
+NO_HISTOGRAMS = [
+    {"levels": [0.0]},
+    {"levels": [1.0, 1.0]},
+    {"levels": [0.0, 5.0]},
+    {"high": math.inf},
+    {"low": None},
+    {"weights": [1, -2, 3]},
+    {"weights": "123"},
+    {"weights": []},
+    {"codes": [1, 2, 3]},
+    {"codes": [1, [2]]},
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("change", NO_HISTOGRAMS, ids=str)
+def test_what_a_damaged_file_tells_is_not_taken_for_a_histogram(change):
+    assert noise.is_histogram(HISTOGRAM)
+    assert not noise.is_histogram(HISTOGRAM | change)
+
+
 def test_pieces_of_a_matrix_add_up(llama, tmp_path, monkeypatch):
     reports = []
     for piece in (1 << 20, 1000):
         monkeypatch.setattr(run.planning, "PIECE", piece)
         report, _ = run.quantize(llama, recipe.load("gguf-q4_k_s"), tmp_path / str(piece))
-        reports.append(report.linears)
-    for name, told in reports[0].items():
+        reports.append(report)
+    for name, told in reports[0].linears.items():
         for key in ("sqnr_weight_db", "mse", "mean_square"):
-            assert reports[1][name][key] == pytest.approx(told[key], rel=1e-3)
+            assert reports[1].linears[name][key] == pytest.approx(told[key], rel=1e-3)
+    assert reports[0].histograms == reports[1].histograms
 
 
 def test_uneven_levels_have_no_uniform_prediction():

@@ -1,5 +1,6 @@
 """The main job end to end, on small models."""
 
+import json
 import shutil
 from dataclasses import replace
 from typing import get_args
@@ -77,6 +78,29 @@ def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(llama, calibrated,
     assert report.resumed_layers == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not (tmp_path / "out.work").exists()
+
+
+def test_a_run_that_died_still_reports_what_finished_layers_took(llama, calibrated, tmp_path):
+    chosen = recipe.load("gptq-plain-w4g128", calibrated)
+    whole, _ = run.quantize(llama, chosen, tmp_path / "whole")
+    kept = []
+
+    def die(what, done, total):
+        if (what, done) == ("quantizing layers", 2):
+            paths = sorted((tmp_path / "out.work").glob("layer-*"))
+            for path in paths:
+                with safe_open(path, "pt") as file:
+                    kept.append(json.loads(file.metadata()["cost"]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(llama, chosen, tmp_path / "out", progress=die)
+    report, _ = run.quantize(llama, chosen, tmp_path / "out")
+    assert report.costs[:2] == kept
+    assert [cost["part"] for cost in report.costs] == [0, 1, 2]
+    assert all(cost["seconds"] > 0 < cost["peak_bytes"] <= 2 * report.peak_rss_bytes for cost in report.costs)
+    assert report.histograms == whole.histograms
+    assert [x["error"] for x in report.linears.values()] == [x["error"] for x in whole.linears.values()]
 
 
 @pytest.mark.parametrize("step", [0, 2])

@@ -92,16 +92,6 @@ def test_what_stopped_goes_on_and_measures_nothing_twice(llama, windows, tmp_pat
         measure(llama, windows, tmp_path / "parts", "rtn-w4g128", ["grid.group_size=32"], by="site")
 
 
-def test_without_matplotlib_the_chart_alone_is_missing(llama, windows, tmp_path, monkeypatch):
-    found = measure(llama, windows, tmp_path, "rtn-w4g128", ["grid.group_size=32"], by="layer")
-    sensitivity.draw(found, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OutputError, match=r"pip install 'llmquant\[bench\]'"):
-        sensitivity.draw(found, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
 def test_grids_that_mean_nothing_are_refused(llama, windows, tmp_path):
     for grids, message in (("q4_q", "Did you mean 'q4_k'"), ("9", "bits is 9"), ("q8_0", "cannot hold the grid")):
         with pytest.raises(LlmquantError, match=message):
@@ -303,7 +293,8 @@ def test_the_command_line_measures_and_spends(llama, texts, tmp_path, monkeypatc
     assert "12 measurements, 24 passes of a layer" in told.out
     assert "model.layers.2" in told.out
     assert json.loads((tmp_path / "facts.json").read_text())["by"] == "layer"
-    assert (tmp_path / "sensitivity.png").exists()
+    assert "--max-tokens 512" in (tmp_path / "report.html").read_text("utf-8")
+    assert "| model.layers.2 | " in (tmp_path / "report.md").read_text("utf-8")
     known = ("--sensitivity", tmp_path / "sensitivity.json", "--out", tmp_path / "mixed.yaml")
     (size,) = api.plan(llama, "rtn-w4g128", changes=["grid.group_size=32"]).files.values()
     code, told = command("plan", *common, "--budget", f"{size / 1e6}MB", *known)

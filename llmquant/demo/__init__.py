@@ -26,10 +26,10 @@ RECIPES = {
 EVALUATION_TOKENS = 40 * 512
 
 
-def run(out: Path | None = None, progress: Progress = silent) -> tuple[list[Row], Path]:
+def run(out: Path | None = None, progress: Progress = silent, command: str = "") -> tuple[list[Row], Path]:
     """Quantize the demo model by ``RECIPES``; return the comparison and the folder that was written.
 
-    out: by default demo-output, or demo-output-2 and so on where that exists.
+    out: by default demo-output, or demo-output-2 and so on where that exists. command: as for ``api.quantize``.
     """
     if out is None:
         names = (Path(f"demo-output-{i}" if i > 1 else "demo-output") for i in range(1, 1000))
@@ -47,6 +47,8 @@ def run(out: Path | None = None, progress: Progress = silent) -> tuple[list[Row]
         "calibration.length=512",
     ]
     recipes = [recipe.load(name, [*changes, f"formats=[{', '.join(formats)}]"]) for name, formats in RECIPES.items()]
-    rows = api.compare(MODEL, recipes, out, text=evaluation, max_tokens=EVALUATION_TOKENS, progress=progress)
+    rows = api.compare(
+        MODEL, recipes, out, text=evaluation, max_tokens=EVALUATION_TOKENS, command=command, progress=progress
+    )
     texts.rename(out / "text")
     return rows, out
