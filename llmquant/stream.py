@@ -231,9 +231,27 @@ class Stream:
         check_finite(value, f"{self.checkpoint.folder}: {full}")
         set_module_tensor_to_device(root, name, self.device, value=value.to(self.dtype), dtype=self.dtype)
 
+    def whole(self) -> Any:
+        """Return the model with all decoder layers loaded; their linears compute as a runtime does."""
+        for index in range(self.layers):
+            self._load_layer(index)
+        return self.model
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load a decoder layer for the duration of the context; its linears compute as a runtime does."""
+        layer = self.decoder_layers[index]
+        names, replaced = self._load_layer(index)
+        try:
+            yield layer
+        finally:
+            for name, module in replaced.items():
+                _replace(layer, name, module)
+            for name in names:
+                set_module_tensor_to_device(layer, name, "meta")
+
+    def _load_layer(self, index: int) -> tuple[list[str], dict[str, nn.Module]]:
+        """Load a decoder layer; return its parameters by name, and the linears in whose place others compute."""
         layer = self.decoder_layers[index]
         prefix = f"{self.spec.layers}.{index}."
         operators = {
@@ -244,14 +262,7 @@ class Stream:
         names = [n for n, _ in layer.named_parameters() if n.removesuffix(".weight") not in operators]
         for name in names:
             self._materialise(layer, prefix, name)
-        replaced = {name: _replace(layer, name, operator) for name, operator in operators.items()}
-        try:
-            yield layer
-        finally:
-            for name, module in replaced.items():
-                _replace(layer, name, module)
-            for name in names:
-                set_module_tensor_to_device(layer, name, "meta")
+        return names, {name: _replace(layer, name, operator) for name, operator in operators.items()}
 
     def batches(self, sequences: int, length: int) -> list[slice]:
         """Return the sequences that pass through a layer together, batch by batch; of all ranks.
