@@ -67,7 +67,7 @@ def rows(model: str, answers: Answers, reference: Answers | None = None) -> list
     for metric, scores in answers.scores.items():
         binary = set(scores) <= {0.0, 1.0}
         mean = sum(scores) / len(scores)
-        low, high = wilson(sum(scores), len(scores)) if binary else bootstrap(scores)
+        low, high = wilson(round(sum(scores)), len(scores)) if binary else bootstrap(scores)
         row: dict[str, Any] = {"low": low, "high": high, "interval": "Wilson" if binary else "bootstrap"}
         if reference is not None:
             theirs = reference.scores[metric]
@@ -90,7 +90,7 @@ def rows(model: str, answers: Answers, reference: Answers | None = None) -> list
     return found
 
 
-def wilson(right: float, total: int) -> tuple[float, float]:
+def wilson(right: int, total: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson 1927).
 
     >>> tuple(round(x, 4) for x in wilson(8, 10))
@@ -125,7 +125,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     flips = lost + gained
     tail = sum(math.comb(flips, k) for k in range(min(lost, gained) + 1))
-    return min(2 * tail / 2**flips, 1.0)
+    return min(2 * tail / (1 << flips), 1.0)
 
 
 def normalized(answer: str) -> str:

@@ -24,6 +24,7 @@ from llmquant.errors import LlmquantError, RecipeError
 
 if TYPE_CHECKING:
     from llmquant import run
+    from llmquant.answers import TaskRow
     from llmquant.evaluation import Row
     from llmquant.plan import Plan
     from llmquant.progress import Progress as Tell
@@ -274,32 +275,76 @@ def export(
 def evaluate(
     paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
     reference: Annotated[str | None, typer.Option(help="The float model to measure the divergence from.")] = None,
-    text: Annotated[str, typer.Option(help="A text file, or wikitext2.")] = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option(help="A text file, or wikitext2 (the default without --tasks and --items).")
+    ] = None,
     protocol: ProtocolName = "llama.cpp",
     max_tokens: MaxTokens = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between: pip install llmquant[tasks]."),
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with further tasks (YAML) for --tasks.")
+    ] = None,
+    items: Annotated[
+        list[Path],
+        typer.Option(
+            help="A .jsonl file of questions, one a line: question or prompt, with choices and answer, or with answer "
+            "or answers alone; may be repeated."
+        ),
+    ] = [],
+    limit: Annotated[int | None, typer.Option(help="Use only so many items of every task or file.", min=1)] = None,
     runtime: Annotated[str, typer.Option(help="torch, or llama.cpp to let that run GGUF files.")] = "torch",
     device: Device = "auto",
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Measure perplexity, and with --reference the KL divergence from the float model.
+    """Measure perplexity, and with --reference the KL divergence from the float model; or right and wrong answers.
+
+    With --tasks or --items, --reference tells how many answers change, and whether that may be chance.
 
     Example: llmquant eval out --reference org/model --text test.txt
     """
     from llmquant import evaluation
 
+    asks = tasks is not None or bool(items)
+    if (include or limit) and not asks:
+        raise LlmquantError("--include-path, --limit: only with --tasks or --items")
+    if asks and runtime != "torch":
+        raise LlmquantError(f"--runtime {runtime}: does not answer --tasks and --items. Leave it out.")
     if runtime not in get_args(evaluation.Runtime):
         raise LlmquantError(f"--runtime {runtime}: there are {' and '.join(get_args(evaluation.Runtime))}")
+    rows: list[Row] = []
+    answered: list[TaskRow] = []
     with _progress() as tell:
-        windows = evaluation.read_windows(reference or paths[0], text, protocol, max_tokens)
-        base = evaluation.Reference(reference, device, trust) if reference else None
-        rows = []
-        for path in paths:
-            name = "float" if path == reference else None
-            runs = cast(evaluation.Runtime, "torch" if name else runtime)
-            rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
-    _show(rows)
-    _write(facts, {"rows": [row.as_dict() for row in rows]})
+        if text is not None or not asks:
+            windows = evaluation.read_windows(reference or paths[0], text or "wikitext2", protocol, max_tokens)
+            base = evaluation.Reference(reference, device, trust) if reference else None
+            for path in paths:
+                name = "float" if path == reference else None
+                runs = cast(evaluation.Runtime, "torch" if name else runtime)
+                rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
+        if asks:
+            from llmquant import tasks as questions
+
+            names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+            answered = questions.measure(
+                paths,
+                reference,
+                tasks=names,
+                files=items,
+                include_path=include,
+                limit=limit,
+                device=device,
+                trust_remote_code=trust,
+                progress=tell,
+            )
+    if rows:
+        _show(rows)
+    if answered:
+        _show_answers(answered)
+    _write(facts, {"rows": [row.as_dict() for row in rows]} | {"answers": [row.as_dict() for row in answered]})
 
 
 @app.command()
@@ -649,6 +694,29 @@ def _show(rows: list[Row]) -> None:
     _wide().print(table)
     for protocol in sorted({row.protocol for row in rows}):
         out.print(f"Protocol: {escape(protocol)}", soft_wrap=True)
+
+
+def _show_answers(rows: list[TaskRow]) -> None:
+    from llmquant.report import ANSWERS, answer_cells
+
+    table = Table()
+    for i, column in enumerate(ANSWERS):
+        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, answer_cells(row)))
+    _wide().print(table)
+    notes = {
+        "Wilson": "of shares by Wilson",
+        "bootstrap": "of other means by 2000 bootstrap resamples",
+        "standard error": "of the rest by the task's own standard error",
+    }
+    used = {row.interval for row in rows}
+    intervals = ", ".join(note for name, note in notes.items() if name in used)
+    out.print(f"In brackets: 95 % intervals, {intervals}; of differences by paired bootstrap.", soft_wrap=True)
+    if any(row.p is not None for row in rows):
+        out.print(
+            "lost, gained: right before and wrong now, and the other way. p: McNemar's exact test.", soft_wrap=True
+        )
 
 
 def _show_targets(found: Recommendation) -> None:

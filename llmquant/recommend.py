@@ -9,7 +9,7 @@ quite reaches.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,13 @@ def recommend(
         raise DataError(f"--context {context}: this model takes 1 to {stream.context} tokens")
     measured = _measured(reports, model)
     refused: dict[str, str] = {}
-    sized = list(_sized(stream, refused, progress))
+    places = {name: place for name, place in TARGETS.items() if target in (None, name)}
+    read = {kind for place in places.values() for kind in place.runs}
+    sized = [one for one in _sized(stream, read, refused, progress) if one.kind in read]
     rows = {
         name: rows
-        for name, place in TARGETS.items()
-        if target in (None, name) and (rows := _rows(name, place, sized, measured, model, stream, memory, context))
+        for name, place in places.items()
+        if (rows := _rows(name, place, sized, measured, model, stream, memory, context))
     }
     found = Recommendation(str(model), memory, context, rows, refused)
     if not any(found.best(name) for name in rows):
@@ -186,8 +188,9 @@ def kind(plan: Plan, format_: str) -> str:
     if format_ != "compressed_tensors" or linear is None or linear.choice is None:
         return format_
     if linear.choice.grid == "fp8":
-        return "float-quantized"
-    return "int-quantized" if linear.activations else f"pack-quantized, {linear.choice.grid_config.bits} bits"
+        return f"{format_}: float-quantized"
+    bits = linear.choice.grid_config.bits
+    return f"{format_}: int-quantized" if linear.activations else f"{format_}: pack-quantized, {bits} bits"
 
 
 def read_bytes(plan: Plan, format_: str, config: Any) -> int:
@@ -219,14 +222,18 @@ def read_bytes(plan: Plan, format_: str, config: Any) -> int:
     return plan.sizes[format_] - round(idle)
 
 
-def _sized(stream: Stream, refused: dict[str, str], progress: Progress) -> Iterator[Sized]:
-    """Yield every shipped recipe in each of its formats. refused: gets those that this model does not allow."""
+def _sized(stream: Stream, read: Collection[str], refused: dict[str, str], progress: Progress) -> Iterator[Sized]:
+    """Yield every shipped recipe in each of its formats.
+
+    read: kinds of files that are asked for. refused: gets the recipes that this model does not allow.
+    """
     names = recipes.shipped()
+    formats = {kind.partition(":")[0] for kind in read}
     known: dict[Hashable, tuple[int, int]] = {}
     for i, name in enumerate(names):
         progress("sizing recipes", i, len(names))
         recipe = recipes.load(name)
-        if recipe.budget is not None:
+        if recipe.budget is not None or not formats & set(recipe.formats):
             continue
         try:
             plan = run.plan_for(stream, recipe)
@@ -327,8 +334,8 @@ def _measured(folders: Iterable[str | Path], model: str | Path) -> dict[tuple[st
                 f"on {model}"
             )
         for row in (row for report in ours for row in report.get("evaluation", [])):
-            if row["kld_mean"] is not None and row["recipe"] != "float":
-                found[row["recipe"], row["format"]] = Measured(row["kld_mean"], row["protocol"])
+            if isinstance(kld := row.get("kld_mean"), float) and row.get("recipe") != "float":
+                found[str(row.get("recipe")), str(row.get("format"))] = Measured(kld, str(row.get("protocol")))
     protocols = sorted({one.protocol for one in found.values()})
     if len(protocols) > 1:
         raise DataError(

@@ -39,7 +39,8 @@ class Target:
         return vars(self) | {"sources": dict(self.sources)}
 
 
-PACKED = "pack-quantized, 4 bits", "pack-quantized, 8 bits"
+PACKED = "compressed_tensors: pack-quantized, 4 bits", "compressed_tensors: pack-quantized, 8 bits"
+INT8, FP8 = "compressed_tensors: int-quantized", "compressed_tensors: float-quantized"
 VLLM = "docs.vllm.ai, Quantization, Supported Hardware (0.15.1)"
 VLLM_FP8 = "docs.vllm.ai, FP8 W8A8 (0.32): Turing and Ampere compute with FP8 weights alone"
 VLLM_SHARE = (
@@ -106,21 +107,21 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             "NVIDIA A100 80GB SXM",
             2_039_000_000_000,
             "NVIDIA, datasheet of A100: 80GB SXM, 2,039 GB/s",
-            ("gptq", "awq", *PACKED, "int-quantized", "float-quantized", "bitsandbytes"),
+            ("gptq", "awq", *PACKED, INT8, FP8, "bitsandbytes"),
             f"{VLLM}; {VLLM_FP8}",
         ),
         "vllm-hopper": _vllm(
             "NVIDIA H100 SXM",
             3_350_000_000_000,
             "NVIDIA, datasheet of H100: SXM, 3.35TB/s",
-            ("gptq", "awq", *PACKED, "int-quantized", "float-quantized", "bitsandbytes"),
+            ("gptq", "awq", *PACKED, INT8, FP8, "bitsandbytes"),
             VLLM,
         ),
         "vllm-amd": _vllm(
             "AMD Instinct MI300X",
             5_300_000_000_000,
             "AMD, data sheet of Instinct MI300X: 5.3 TB/s",
-            ("float-quantized",),
+            (FP8,),
             VLLM,
             "Its documents list FP8 and GGUF for AMD, and call GGUF experimental.",
         ),

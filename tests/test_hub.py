@@ -27,7 +27,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "Invalid username or password."}, 401)
@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             )
         return self.answer({})
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         name = "/".join(self.path.partition("?")[0].split("/")[3:5])
         if name in self.repos:
             repo = {"id": name, "sha": "0" * 40, "private": self.repos[name]["private"], "siblings": [], "tags": []}
@@ -130,10 +130,10 @@ def test_only_finished_and_unchanged_folders_are_taken(folder, llama, tmp_path):
     for path in folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(OutputError, match="model.safetensors: is not as llmquant wrote it"):
+    with pytest.raises(OutputError, match=r"model\.safetensors: is not as llmquant wrote it"):
         api.push(copy, "me/model")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(OutputError, match="model.safetensors: is missing"):
+    with pytest.raises(OutputError, match=r"model\.safetensors: is missing"):
         api.push(copy, "me/model")
 
 
@@ -141,7 +141,7 @@ def test_of_several_formats_each_is_a_folder_of_its_own(llama, tmp_path, monkeyp
     changes = ["grid.group_size=32", "formats=[gptq, gptq_v2]"]
     api.quantize(llama, "rtn-w4g128", tmp_path / "out", changes=changes, evaluate=False)
     monkeypatch.setattr("llmquant.hub.get_token", lambda: None)
-    with pytest.raises(OutputError, match="Give one of the folders in it, e.g. .*/out/gptq"):
+    with pytest.raises(OutputError, match=r"Give one of the folders in it, e\.g\. .*/out/gptq"):
         api.push(tmp_path / "out", "me/model")
     (tmp_path / "out" / "gptq_v2").rename(tmp_path / "renamed")
     with pytest.raises(LlmquantError, match="there is no token"):

@@ -34,9 +34,17 @@ def found(wide):
     return api.recommend(wide, "16GB")
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Few recipes, as all take seconds to size."""
+    names = ("gguf-q8_0", "gguf-q4_k_s", "gguf-q2_k", "gguf-q2_k_s", "gptq-q4_k_m", "fp8", "gptq-w4g128")
+    shipped = {name: path for name, path in recipe.shipped().items() if name in names}
+    monkeypatch.setattr(recipe, "shipped", lambda: shipped)
+
+
 def test_the_sizes_are_those_of_the_written_files_to_the_byte(found, wide, tmp_path):
     rows = {(row.recipe, row.format): row for rows in found.rows.values() for row in rows}
-    for name in ("gguf-q8_0", "gguf-q4_k_s", "rtn-w4g128", "fp8", "w8a8-dynamic"):
+    for name in ("gguf-q8_0", "gguf-q4_k_s", "rtn-w4g128", "fp8", "hqq-w4g64"):
         out = tmp_path / name
         (format_,) = recipe.load(name).formats
         api.quantize(wide, name, out, evaluate=False)
@@ -44,7 +52,8 @@ def test_the_sizes_are_those_of_the_written_files_to_the_byte(found, wide, tmp_p
         assert rows[name, format_].file_bytes == written, name
 
 
-@pytest.mark.parametrize("name", TINY)
+# transformers spreads the keys of Falcon's key-value heads over all heads first
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ("falcon-40b", "falcon-11b")])
 def test_the_cache_has_the_size_of_the_one_of_transformers(name):
     config, tokens = TINY[name][0], 12
     model = hf.AutoModelForCausalLM.from_config(config).eval()
@@ -57,7 +66,7 @@ def test_the_cache_has_the_size_of_the_one_of_transformers(name):
 
 @pytest.mark.parametrize(("context", "window"), [(4096, 512), (1000, 512), (600, 64)])
 def test_llama_cpp_makes_a_cache_of_this_size_and_a_buffer_no_larger_than_estimated(
-    context, window, save_model, tmp_path
+    context, window, few, save_model, tmp_path
 ):
     pytest.importorskip("cyllama")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -96,7 +105,7 @@ def test_the_rate_is_the_bandwidth_over_the_bytes_of_a_token(found, wide):
     assert row.rate == pytest.approx(TARGETS["laptop"].bandwidth / read, rel=1e-4)
 
 
-def test_a_token_reads_its_own_experts_alone(save_model, tmp_path):
+def test_a_token_reads_its_own_experts_alone(few, save_model, tmp_path):
     experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
     config = hf.MixtralConfig(
         **WIDE, **experts, vocab_size=VOCABULARY, num_hidden_layers=1, max_position_embeddings=256
@@ -110,21 +119,18 @@ def test_a_token_reads_its_own_experts_alone(save_model, tmp_path):
     assert row.rate == pytest.approx(TARGETS["laptop"].bandwidth / read, rel=1e-4)
 
 
-def test_what_fits_comes_first_and_the_best_of_it_before_the_rest(wide):
+def test_what_fits_comes_first_and_the_best_of_it_before_the_rest(few, wide):
     every = api.recommend(wide, "16GB", target="laptop").rows["laptop"]
     assert every[0].recipe == "gguf-q8_0"
-    least = min(row.total_bytes for row in every)
-    middle = sorted(row.total_bytes for row in every)[len(every) // 2]
-    rows = api.recommend(wide, middle, target="laptop").rows["laptop"]
-    fits = [row.fits for row in rows]
-    assert fits == sorted(fits, reverse=True)
-    assert {row.total_bytes <= middle for row in rows if row.fits} == {True}
-    assert rows[0].recipe.startswith("gptq-q")
+    sizes = {row.recipe: row.total_bytes for row in every}
+    rows = api.recommend(wide, sizes["gptq-q4_k_m"], target="laptop").rows["laptop"]
+    assert [row.recipe for row in rows] == ["gptq-q4_k_m", "gguf-q4_k_s", "gguf-q2_k", "gguf-q2_k_s", "gguf-q8_0"]
+    assert [row.fits for row in rows] == [True] * 4 + [False]
     with pytest.raises(PlanError, match=r"nothing fits in .* The least is gguf-q2_k_s on laptop"):
-        api.recommend(wide, least - 1, target="laptop")
+        api.recommend(wide, sizes["gguf-q2_k_s"] - 1, target="laptop")
 
 
-def test_a_measured_divergence_decides_among_the_measured(wide, texts, tmp_path):
+def test_a_measured_divergence_decides_among_the_measured(few, wide, texts, tmp_path):
     names = ["gguf-q4_k_s", "gguf-q2_k"]
     api.compare(wide, names, tmp_path / "compared", text=texts / "evaluation.txt", max_tokens=1024)
     path = tmp_path / "compared" / "gguf-q4_k_s" / "llmquant-report.json"
@@ -140,7 +146,7 @@ def test_a_measured_divergence_decides_among_the_measured(wide, texts, tmp_path)
         api.recommend(MODEL, "16GB", target="laptop", reports=[tmp_path / "compared"])
 
 
-def test_the_command_prints_what_fits_and_the_commands_to_run_it(command, wide, tmp_path):
+def test_the_command_prints_what_fits_and_the_commands_to_run_it(few, command, wide, tmp_path):
     facts = tmp_path / "facts.json"
     code, out, _ = command(
         "recommend", wide, "--memory", "1GB", "--target", "laptop", "--context", "256", "--json", facts
@@ -175,7 +181,7 @@ def test_every_shipped_recipe_is_sized_or_refused_with_a_reason(found):
     assert sized <= recipe.shipped().keys()
 
 
-def test_no_weights_are_read(wide, tmp_path):
+def test_no_weights_are_read(few, wide, tmp_path):
     folder = tmp_path / "hollow"
     folder.mkdir()
     for path in wide.iterdir():

@@ -11,7 +11,7 @@ import llmquant
 ROOT = Path(llmquant.__file__).parent
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 PURE = re.compile(
-    r"(grid|activations|runtime(\.\w+)?|blockwise|ranges|stats|transform|words|patterns|metrics|protocols|plan)|(grids|algorithms|transforms|exporters)\.(?!gguf).*"
+    r"(grid|activations|runtime(\.\w+)?|blockwise|ranges|stats|transform|words|patterns|metrics|answers|targets|protocols|plan)|(grids|algorithms|transforms|exporters)\.(?!gguf).*"
 )
 OUTSIDE = {"os", "pathlib", "json", "safetensors", "transformers", "datasets", "accelerate", "logging", "shutil"}
 FAMILY = re.compile(

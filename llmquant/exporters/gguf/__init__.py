@@ -254,7 +254,7 @@ def _modelfile(file: str, model: Path, metadata: Mapping[str, Any], architecture
     """Return the Modelfile of a file with these keys. model: the folder of the float model."""
     settings = model / "generation_config.json"
     told = read_json(settings, "it gives the ends of answers").get("eos_token_id") if settings.is_file() else None
-    ends = {metadata.get(Keys.Tokenizer.EOS_ID), *(told if isinstance(told, list) else [told])}
+    ends = [metadata.get(Keys.Tokenizer.EOS_ID), *(told if isinstance(told, list) else [told])]
     known = range(len(metadata[Keys.Tokenizer.LIST]))
     return ollama.modelfile(
         file,

@@ -20,7 +20,7 @@ SECONDS, BYTES = 10, 1 << 30
 
 
 def render(
-    template: str, conversations: Sequence[Sequence[Mapping[str, str]]], special: Mapping[str, str]
+    template: str, conversations: Sequence[Sequence[Mapping[str, str]]], special: Mapping[str, Any]
 ) -> list[str | None]:
     """Return the text of every conversation, up to where an answer begins.
 
