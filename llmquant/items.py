@@ -44,7 +44,7 @@ def read(path: Path) -> list[Item]:
 
 def _item(row: dict[str, Any], where: str) -> Item:
     prompt, question = row.get("prompt"), row.get("question")
-    if not isinstance(prompt or question, str) or (prompt and question):
+    if not isinstance(asked := prompt or question, str) or not asked.strip() or (prompt and question):
         raise DataError(f"{where}: needs a `prompt` or a `question`, one of them, and a text that is not empty")
     if unknown := row.keys() - {"prompt", "question", "choices", "answer", "answers", "id"}:
         raise DataError(f"{where}: {sorted(unknown)[0]!r} is no key of an item. {HINT}")
@@ -85,8 +85,7 @@ class Asked:
         self.context = int(getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or 2048)
         ends = text.eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        device = next(model.parameters()).device
-        self._device = device
+        self._device = next(model.parameters()).device
 
     @torch.no_grad()
     def choose(self, prompt: str, choices: Sequence[str]) -> int:
@@ -111,7 +110,7 @@ class Asked:
     @torch.no_grad()
     def write(self, prompt: str) -> str:
         """Return what the model finds likeliest, token by token, to the end of the line or of the text."""
-        step = torch.tensor([self._ids(prompt.rstrip())[-(self.context - NEW_TOKENS) :]], device=self._device)
+        step = torch.tensor([self._ids(prompt.rstrip())[-max(self.context - NEW_TOKENS, 1) :]], device=self._device)
         written: list[int] = []
         cache = None
         while len(written) < NEW_TOKENS:
@@ -135,21 +134,22 @@ def _mask(sequences: Sequence[Tensor]) -> Tensor:
 
 def ask(asked: Asked, items: Sequence[Item], name: str, progress: Progress = silent) -> list[Answers]:
     """Return the answers to the items with choices, and to those without. name: of the file, for reports."""
-    given = []
+    pairs = []
     for i, item in enumerate(items):
         progress("asking", i, len(items))
-        written = not item.choices
-        given.append(asked.write(item.prompt) if written else item.choices[asked.choose(item.prompt, item.choices)])
+        if item.choices:
+            pairs.append((item, item.choices[asked.choose(item.prompt, item.choices)]))
+        else:
+            pairs.append((item, asked.write(item.prompt)))
     progress("asking", len(items), len(items))
-    pairs = list(zip(items, given, strict=True))
     found = []
-    if chosen := [(item, answer) for item, answer in pairs if item.choices]:
+    if chosen := [pair for pair in pairs if pair[0].choices]:
         accuracy = [float(answer in item.answers) for item, answer in chosen]
         found.append(Answers(name, {"accuracy": accuracy}, [answer for _, answer in chosen], {}))
-    if written_ := [(item, answer) for item, answer in pairs if not item.choices]:
+    if written := [pair for pair in pairs if not pair[0].choices]:
         scores = {
-            "exact match": [exact_match(answer, item.answers) for item, answer in written_],
-            "F1": [f1(answer, item.answers) for item, answer in written_],
+            "exact match": [exact_match(answer, item.answers) for item, answer in written],
+            "F1": [f1(answer, item.answers) for item, answer in written],
         }
-        found.append(Answers(name, scores, [answer for _, answer in written_], {}))
+        found.append(Answers(name, scores, [answer for _, answer in written], {}))
     return found

@@ -159,6 +159,6 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, tuple[float, float | None]
 def _given(sample: Mapping[str, Any]) -> str:
     """Return what a model answered to one item: the number of the likeliest choice, or what it wrote."""
     responses = sample["filtered_resps"]
-    if all(isinstance(one, list | tuple) for one in responses):
+    if all(isinstance(one, list | tuple) and one and isinstance(one[0], int | float) for one in responses):
         return str(max(range(len(responses)), key=lambda i: responses[i][0]))
     return str(responses[0])

@@ -18,7 +18,7 @@ WRITTEN = [{"question": f"What is a {word}?", "answers": ["a thing", word]} for 
 TASK = """\
 task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
 test_split: test
 doc_to_text: "{text}"
 {rest}
@@ -54,17 +54,14 @@ def asked(tmp_path_factory):
     for name, some in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some), "utf-8")
     for name, text, rest in (("choose", "{{prompt}}", CHOOSE), ("write", r"Question: {{question}}\nAnswer:", WRITE)):
-        task = TASK.format(name=f"own_{name}", file=folder / f"{name}.jsonl", text=text, rest=rest)
+        task = TASK.format(name=f"own_{name}", file=folder / f"{name}.jsonl", cache=folder / "cache", text=text, rest=rest)
         (folder / f"{name}.yaml").write_text(task, "utf-8")
     return folder
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-evaluation-harness and what it imports
-def test_lm_evaluation_harness_gives_the_same_figures_for_a_folder_and_a_gguf_file(
-    models, asked, monkeypatch, tmp_path
-):
+def test_lm_evaluation_harness_gives_the_same_figures_for_a_folder_and_a_gguf_file(models, asked):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     options = {"tasks": ["own_choose", "own_write"], "files": [asked / "items.jsonl"], "include_path": asked}
     rows = tasks.measure([models["packed"], models["gguf"]], models["float"], device="cpu", **options)
     found = {(row.model, row.task, row.metric): row for row in rows}
