@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -648,6 +649,7 @@ def _progress(again: bool = True) -> Iterator[Tell]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # this process is the command line's own
+    getLogger("lm_eval").setLevel(ERROR)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip

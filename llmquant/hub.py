@@ -80,7 +80,10 @@ def _by_hub(repo: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        raise LlmquantError(f"{repo}: cannot be uploaded: {_first_line(error)}") from None
+        response = getattr(error, "response", None)
+        refused = response is not None and response.status_code in (401, 403)
+        hint = ". The token is wrong, or may not write there" if refused else ""
+        raise LlmquantError(f"{repo}: cannot be uploaded: {_first_line(error)}{hint}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "hf_xet"):
             raise

@@ -104,6 +104,9 @@ class _Harness:
                 task_manager=self._manager,
                 bootstrap_iters=0,
                 log_samples=True,
+                random_seed=None,  # this process's generators stay as they are
+                numpy_random_seed=None,
+                torch_random_seed=None,
             )
         except (
             OSError,
