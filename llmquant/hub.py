@@ -48,11 +48,9 @@ def check(folder: Path, progress: Progress = silent) -> list[str]:
     """
     if not (folder / REPORT).is_file():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{REPORT}")) if folder.is_dir() else []
-        hint = (
-            f"Give one of the folders in it, e.g. {folder / inner[0]}"
-            if inner
-            else ("Give one that `llmquant quantize` or `compare` has finished")
-        )
+        hint = "Give one that `llmquant quantize` or `compare` has finished"
+        if inner:
+            hint = f"Give one of the folders in it, e.g. {folder / inner[0]}"
         raise OutputError(f"{folder}: has no {REPORT}, so it is not a folder that llmquant has finished. {hint}")
     hashes = read_json(folder / REPORT, "llmquant wrote it").get("hashes")
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(one, dict) for one in hashes.values()):

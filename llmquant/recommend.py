@@ -154,13 +154,13 @@ def recommend(
     return found
 
 
-def cache_bytes(config: Any, context: int, llama_cpp: bool = False) -> int:
+def cache_bytes(config: Any, context: int, padded: bool = False) -> int:
     """Return the size of the keys and values of so many tokens in 16 bits.
 
     Layers with a sliding window keep no more than that. llama.cpp gives a window only to models in which other layers
     see everything, adds room for the tokens that it computes together, and rounds lengths up (llama-kv-cache-iswa.cpp).
 
-    config: of transformers. llama_cpp: as long as that program makes them.
+    config: of transformers. padded: as long as llama.cpp makes them.
     """
     text = config.get_text_config()
     heads: int = text.num_attention_heads
@@ -171,7 +171,7 @@ def cache_bytes(config: Any, context: int, llama_cpp: bool = False) -> int:
     window = getattr(text, "sliding_window", None) or 0
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     sliding = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-    if llama_cpp:
+    if padded:
         sliding = 0 if sliding == len(kinds) else sliding
         context, window = _multiple(context), _multiple(window + UBATCH)
     tokens = (len(kinds) - sliding) * context + sliding * min(context, window)

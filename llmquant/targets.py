@@ -47,10 +47,10 @@ VLLM_SHARE = (
     "vLLM takes 0.9 of a GPU's memory unless told otherwise (--gpu-memory-utilization): give that as the memory."
 )
 GGUF_SOURCE = "llama.cpp, README: models in GGUF, on the CPU and by Metal; tools/quantize/README.md: their types"
-BUFFER_SOURCE = "llama.cpp, include/llama.h: n_ubatch, 512 by default"
+BUFFER_SOURCE = "llama.cpp, its header: n_ubatch, 512 by default"
 
 
-def _llama_cpp(about: str, bandwidth: int, source: str) -> Target:
+def _of_ggufs(about: str, bandwidth: int, source: str) -> Target:
     return Target(
         about,
         "llama.cpp",
@@ -78,27 +78,27 @@ def _vllm(about: str, bandwidth: int, source: str, runs: tuple[str, ...], format
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "laptop": _llama_cpp(
+        "laptop": _of_ggufs(
             "a laptop's CPU with two channels of DDR5-5600",
             89_600_000_000,
             "JEDEC JESD79-5, DDR5-5600: 2 channels x 8 bytes x 5600 MT/s",
         ),
-        "apple-m4": _llama_cpp(
+        "apple-m4": _of_ggufs(
             "Apple M4",
             120_000_000_000,
             "Apple, press release of 30 October 2024 on M4 Pro and M4 Max: M4, 120GB/s",
         ),
-        "apple-m4-max": _llama_cpp(
+        "apple-m4-max": _of_ggufs(
             "Apple M4 Max with 40 GPU cores",
             546_000_000_000,
             "Apple, press release of 30 October 2024 on M4 Pro and M4 Max: M4 Max, up to 546GB/s",
         ),
-        "raspberry-pi-5": _llama_cpp(
+        "raspberry-pi-5": _of_ggufs(
             "Raspberry Pi 5",
             17_068_000_000,
             "Raspberry Pi, product brief of Raspberry Pi 5: LPDDR4X-4267; 32 bits wide: 4 bytes x 4267 MT/s",
         ),
-        "phone": _llama_cpp(
+        "phone": _of_ggufs(
             "a phone with Snapdragon 8 Gen 3",
             76_800_000_000,
             "Qualcomm, product brief of Snapdragon 8 Gen 3: LPDDR5X at 4800 MHz; 64 bits wide: 8 bytes x 9600 MT/s",

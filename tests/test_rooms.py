@@ -15,7 +15,7 @@ PURE = re.compile(
 )
 OUTSIDE = {"os", "pathlib", "json", "safetensors", "transformers", "datasets", "accelerate", "logging", "shutil"}
 FAMILY = re.compile(
-    r"(?<![a-z0-9])((llama|qwen|gemma|mistral|mixtral|falcon|gpt_?neox|gpt2)(?!\.cpp|-perplexity)"
+    r"(?<![a-z0-9])((llama|qwen|gemma|mistral|mixtral|falcon|gpt_?neox|gpt2)(?!\.cpp|-perplexity|-cli)"
     r"|(bloom|phi|opt)[0-9]?(?![a-z0-9]))"
 )
 

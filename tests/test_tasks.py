@@ -54,7 +54,9 @@ def asked(tmp_path_factory):
     for name, some in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some), "utf-8")
     for name, text, rest in (("choose", "{{prompt}}", CHOOSE), ("write", r"Question: {{question}}\nAnswer:", WRITE)):
-        task = TASK.format(name=f"own_{name}", file=folder / f"{name}.jsonl", cache=folder / "cache", text=text, rest=rest)
+        task = TASK.format(
+            name=f"own_{name}", file=folder / f"{name}.jsonl", cache=folder / "cache", text=text, rest=rest
+        )
         (folder / f"{name}.yaml").write_text(task, "utf-8")
     return folder
 
