@@ -19,10 +19,11 @@ from typing import Any, Literal
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 import llmquant
-from llmquant import allocation, data, evaluation, html, plugins, ranks, run
+from llmquant import allocation, data, evaluation, html, hub, plugins, ranks, run
 from llmquant import budget as budgets
 from llmquant import export as exporting
 from llmquant import recipe as recipes
+from llmquant import recommend as recommendations
 from llmquant import report as reports
 from llmquant import sensitivity as sensitivities
 from llmquant import work as work_folders
@@ -37,11 +38,11 @@ from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.ranks import ALONE, Ranks
 from llmquant.recipe import Recipe
-from llmquant.run import Report
+from llmquant.recommend import Recommendation
+from llmquant.run import REPORT, Report
 from llmquant.sensitivity import Cost, Sensitivity
 
 Text = str | Path | data.TextSource
-REPORT = "llmquant-report.json"
 COMPARED = "comparison.json"
 
 
@@ -368,6 +369,39 @@ def budget(
     return filled
 
 
+def recommend(
+    model: str | Path,
+    memory: str | int,
+    *,
+    target: str | None = None,
+    context: int | None = None,
+    reports: Iterable[str | Path] = (),
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Recommendation:
+    """Return which recipes make a model that fits into so much memory where it is to run, best first.
+
+    memory: what the run may take, such as "8GB". target: see ``llmquant.targets``; None for all.
+    context: tokens that it is to hold, by default 4096. reports: folders of earlier runs on this model, whose measured
+        divergences are told.
+
+    >>> recommend("org/model", "8GB", target="laptop").best("laptop").recipe  # doctest: +SKIP
+    'gptq-q5_k_m'
+    """
+    room = _bytes(memory)
+    assert room is not None
+    return recommendations.recommend(model, room, target, context, reports, trust_remote_code, progress)
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False, progress: Progress = silent) -> str:
+    """Upload a finished folder with its model card to the Hugging Face hub; return its address.
+
+    >>> push("out", "me/model-gguf", private=True)  # doctest: +SKIP
+    'https://huggingface.co/me/model-gguf'
+    """
+    return hub.push(Path(folder), repo, private, progress)
+
+
 def _recipe(recipe: str | Path | Recipe, changes: Iterable[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else recipes.load(recipe, list(changes))
 
@@ -487,6 +521,6 @@ def _held_out(model: str | Path, recipe: Recipe, trust_remote_code: bool) -> Win
 
 
 __all__ = [
-    *("Budgeted", "Reference", "Report", "Row", "Sensitivity"),
-    *("budget", "compare", "evaluate", "export", "imatrix", "plan", "quantize", "sensitivity"),
+    *("Budgeted", "Recommendation", "Reference", "Report", "Row", "Sensitivity"),
+    *("budget", "compare", "evaluate", "export", "imatrix", "plan", "push", "quantize", "recommend", "sensitivity"),
 ]

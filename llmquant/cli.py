@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -25,9 +26,12 @@ from llmquant.errors import LlmquantError, RecipeError
 
 if TYPE_CHECKING:
     from llmquant import run
+    from llmquant.answers import TaskRow
     from llmquant.evaluation import Row
     from llmquant.plan import Plan
     from llmquant.progress import Progress as Tell
+    from llmquant.recommend import Recommendation
+    from llmquant.recommend import Row as Choice
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 LEFT_FLOAT = 3  # exit code
@@ -305,32 +309,76 @@ def export(
 def evaluate(
     paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
     reference: Annotated[str | None, typer.Option(help="The float model to measure the divergence from.")] = None,
-    text: Annotated[str, typer.Option(help="A text file, or wikitext2.")] = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option(help="A text file, or wikitext2 (the default without --tasks and --items).")
+    ] = None,
     protocol: ProtocolName = "llama.cpp",
     max_tokens: MaxTokens = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between: pip install llmquant[tasks]."),
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with further tasks (YAML) for --tasks.")
+    ] = None,
+    items: Annotated[
+        list[Path],
+        typer.Option(
+            help="A .jsonl file of questions, one a line: question or prompt, with choices and answer, or with answer "
+            "or answers alone; may be repeated."
+        ),
+    ] = [],
+    limit: Annotated[int | None, typer.Option(help="Use only so many items of every task or file.", min=1)] = None,
     runtime: Annotated[str, typer.Option(help="torch, or llama.cpp to let that run GGUF files.")] = "torch",
     device: Device = "auto",
     trust: Trust = False,
     facts: Facts = None,
 ) -> None:
-    """Measure perplexity, and with --reference the KL divergence from the float model.
+    """Measure perplexity, and with --reference the KL divergence from the float model; or right and wrong answers.
+
+    With --tasks or --items, --reference tells how many answers change, and whether that may be chance.
 
     Example: llmquant eval out --reference org/model --text test.txt
     """
     from llmquant import evaluation
 
+    asks = tasks is not None or bool(items)
+    if (include or limit) and not asks:
+        raise LlmquantError("--include-path, --limit: only with --tasks or --items")
+    if asks and runtime != "torch":
+        raise LlmquantError(f"--runtime {runtime}: does not answer --tasks and --items. Leave it out.")
     if runtime not in get_args(evaluation.Runtime):
         raise LlmquantError(f"--runtime {runtime}: there are {' and '.join(get_args(evaluation.Runtime))}")
+    rows: list[Row] = []
+    answered: list[TaskRow] = []
     with _progress() as tell:
-        windows = evaluation.read_windows(reference or paths[0], text, protocol, max_tokens)
-        base = evaluation.Reference(reference, device, trust) if reference else None
-        rows = []
-        for path in paths:
-            name = "float" if path == reference else None
-            runs = cast(evaluation.Runtime, "torch" if name else runtime)
-            rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
-    _show(rows)
-    _write(facts, {"rows": [row.as_dict() for row in rows]})
+        if text is not None or not asks:
+            windows = evaluation.read_windows(reference or paths[0], text or "wikitext2", protocol, max_tokens)
+            base = evaluation.Reference(reference, device, trust) if reference else None
+            for path in paths:
+                name = "float" if path == reference else None
+                runs = cast(evaluation.Runtime, "torch" if name else runtime)
+                rows.append(evaluation.evaluate(path, windows, base, name, device, trust, runs, tell))
+        if asks:
+            from llmquant import tasks as questions
+
+            names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+            answered = questions.measure(
+                paths,
+                reference,
+                tasks=names,
+                files=items,
+                include_path=include,
+                limit=limit,
+                device=device,
+                trust_remote_code=trust,
+                progress=tell,
+            )
+    if rows:
+        _show(rows)
+    if answered:
+        _show_answers(answered)
+    _write(facts, {"rows": [row.as_dict() for row in rows]} | {"answers": [row.as_dict() for row in answered]})
 
 
 @app.command()
@@ -557,6 +605,67 @@ def sensitivity(
 
 
 @app.command()
+def recommend(
+    model: Model,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="What running it may take, e.g. 8GB: of the GPU's memory where that computes; elsewhere leave some to "
+            "the system."
+        ),
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="Where it is to run (default: the best for each of `llmquant list targets`).")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the run is to hold (default: 4096, or the model's most).", min=1)
+    ] = None,
+    reports: Annotated[
+        list[Path], typer.Option(help="A folder that quantize or compare has written of this model; may be repeated.")
+    ] = [],
+    trust: Trust = False,
+    facts: Facts = None,
+) -> None:
+    """Say which recipes fit into so much memory where the model is to run, best first, and how. Loads no weights.
+
+    Example: llmquant recommend org/model --memory 8GB --target laptop
+    """
+    from llmquant import api
+    from llmquant.targets import TARGETS
+
+    with _progress() as tell:
+        found = api.recommend(
+            model, memory, target=target, context=context, reports=reports, trust_remote_code=trust, progress=tell
+        )
+    if target is None:
+        _show_targets(found)
+    else:
+        _show_target(found, target)
+    _write(facts, found.as_dict() | {"targets": {name: TARGETS[name].as_dict() for name in found.rows}})
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that quantize or compare has finished.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the hub, such as me/model-gguf.")],
+    private: Annotated[bool, typer.Option("--private", help="Let nobody else see it.")] = False,
+    facts: Facts = None,
+) -> None:
+    """Upload a finished folder with its model card to the Hugging Face hub.
+
+    The token is that of the environment: HF_TOKEN, or what `hf auth login` has kept.
+
+    Example: llmquant push out me/model-gguf --private
+    """
+    from llmquant import api
+
+    with _progress() as tell:
+        address = api.push(folder, repo, private=private, progress=tell)
+    out.print(escape(address))
+    _write(facts, {"address": address})
+
+
+@app.command()
 def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF file.")], facts: Facts = None) -> None:
     """List the tensors, sizes and settings of a model folder or a GGUF file.
 
@@ -584,7 +693,7 @@ def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF 
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="grids, algorithms, transforms, formats, models or recipes.")],
+    kind: Annotated[str, typer.Argument(help="grids, algorithms, transforms, formats, models, recipes or targets.")],
     facts: Facts = None,
 ) -> None:
     """List what there is of a kind, a line each.
@@ -692,6 +801,7 @@ def _progress(again: bool = True) -> Iterator[Tell]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # this process is the command line's own
+    getLogger("lm_eval").setLevel(ERROR)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -746,6 +856,92 @@ def _show(rows: list[Row]) -> None:
 def _command() -> str:
     """Return what was typed."""
     return shlex.join(["llmquant", *sys.argv[1:]])
+
+
+def _show_answers(rows: list[TaskRow]) -> None:
+    from llmquant.report import ANSWERS, answer_cells
+
+    table = Table()
+    for i, column in enumerate(ANSWERS):
+        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, answer_cells(row)))
+    _wide().print(table)
+    notes = {
+        "Wilson": "of shares by Wilson",
+        "bootstrap": "of other means by 2000 bootstrap resamples",
+        "standard error": "of the rest by the task's own standard error",
+    }
+    used = {row.interval for row in rows}
+    intervals = ", ".join(note for name, note in notes.items() if name in used)
+    out.print(f"In brackets: 95 % intervals, {intervals}; of differences by paired bootstrap.", soft_wrap=True)
+    if any(row.p is not None for row in rows):
+        out.print(
+            "lost, gained: right before and wrong now, and the other way. p: McNemar's exact test.", soft_wrap=True
+        )
+
+
+def _show_targets(found: Recommendation) -> None:
+    """Show the best row of every target."""
+    from llmquant.report import size
+    from llmquant.targets import TARGETS
+
+    table = Table()
+    for column in ("target", "device", "recipe", "format", "file", "memory", "tokens/s", "KLD"):
+        numbers = column in ("file", "memory", "tokens/s", "KLD")
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=column != "device")
+    for name in found.rows:
+        row = found.best(name)
+        cells = ["nothing fits", *[""] * 5]
+        if row:
+            cells = [row.recipe, row.format, size(row.file_bytes), size(row.total_bytes), f"{row.rate:.1f}", _kld(row)]
+        table.add_row(name, f"{TARGETS[name].about}, {TARGETS[name].runtime}", *cells)
+    _wide().print(table)
+    _explain(found)
+    out.print("Give a --target to see all that fits there, and the commands.")
+
+
+def _show_target(found: Recommendation, target: str) -> None:
+    """Show what fits on a target, and the commands for the best of it."""
+    from llmquant.report import size
+    from llmquant.targets import TARGETS
+
+    table = Table()
+    for column in ("recipe", "format", "bpw", "file", "keys, values", "runtime", "memory", "tokens/s", "KLD"):
+        table.add_column(column, justify="left" if column in ("recipe", "format") else "right", no_wrap=True)
+    rows = found.rows[target]
+    for row in (row for row in rows if row.fits):
+        parts = (row.file_bytes, row.cache_bytes, row.runtime_bytes, row.total_bytes)
+        cells = (row.recipe, row.format, f"{row.bits_per_weight:.2f}", *map(size, parts), f"{row.rate:.1f}", _kld(row))
+        table.add_row(*cells)
+    _wide().print(table)
+    if more := [row for row in rows if not row.fits]:
+        out.print(f"{len(more)} more do not fit; {more[0].recipe} would take {size(more[0].total_bytes)}.")
+    _explain(found)
+    place = TARGETS[target]
+    out.print(f"{target}: {place.runtime}, {place.about}. {place.note}".rstrip(), soft_wrap=True)
+    best = found.best(target)
+    assert best is not None
+    for command in best.commands:
+        out.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def _explain(found: Recommendation) -> None:
+    protocols = sorted({row.protocol for rows in found.rows.values() for row in rows if row.protocol})
+    out.print(
+        f"For {found.context} tokens. Files, keys and values (16 bits): exact. Runtime: an estimate. tokens/s: "
+        "predicted from the bandwidth of the memory, with the context filled; no run is faster. Order: the divergence "
+        "to be expected from bits and method; measured ones (KLD) among themselves.",
+        soft_wrap=True,
+    )
+    for protocol in protocols:
+        out.print(f"KLD: {escape(protocol)}", soft_wrap=True)
+    if found.refused:
+        out.print(f"{len(found.refused)} recipes cannot be applied to this model; --json tells why.")
+
+
+def _kld(row: Choice) -> str:
+    return "" if row.kld is None else f"{row.kld:.5f}"
 
 
 def _wide() -> Console:

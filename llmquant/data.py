@@ -117,11 +117,11 @@ def documents(source: TextSource, tokenizer: Any) -> Iterator[str]:
         raise DataError("calibration: gives neither `path` nor `dataset`. Add --set calibration.path=FILE.")
     if source.path is not None and source.path.suffixes[-1:] != [".parquet"]:
         kind = next((s for s in reversed(source.path.suffixes) if s != ".gz"), ".txt")
-        text = _read(source.path)
+        text = read_text(source.path)
         if kind not in (".jsonl", ".json"):
             yield text
             return
-        rows = _json_rows(source.path, text, lines=kind == ".jsonl")
+        rows = json_rows(source.path, text, lines=kind == ".jsonl")
     else:
         rows = _dataset_rows(source)
     for number, row in enumerate(rows, 1):
@@ -265,7 +265,8 @@ def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file, unpacked, or raise DataError."""
     try:
         if path.is_char_device() or path.is_block_device():
             raise DataError(f"{path}: is a device, not a text")
@@ -287,7 +288,8 @@ def _read(path: Path) -> str:
     return text
 
 
-def _json_rows(path: Path, text: str, lines: bool) -> Iterator[dict[str, Any]]:
+def json_rows(path: Path, text: str, lines: bool) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON text, or of one with an object a line; raise DataError. path: for messages."""
     pieces = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()] if lines else [(1, text)]
     for number, piece in pieces:
         try:

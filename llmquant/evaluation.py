@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmquant import data, memory, protocols
 from llmquant.cpp_runtime import CppModel
+from llmquant.decoded import tokenizer_of
 from llmquant.errors import CheckpointError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.metrics import Scores
@@ -90,10 +91,7 @@ def read_windows(
     text: a file, "wikitext2", or a TextSource.
     """
     checkpoint = open_model(model)
-    if isinstance(checkpoint, GgufCheckpoint):
-        tokenizer = checkpoint.tokenizer()
-    else:
-        tokenizer = data.load_tokenizer(checkpoint.folder)
+    tokenizer = tokenizer_of(checkpoint)
     context = Stream(checkpoint, device_of("cpu"), weights=False).context
     return data.evaluation_windows(_source(text), protocols.named(protocol), tokenizer, context, max_tokens)
 

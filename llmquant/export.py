@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,21 +97,13 @@ def file_bytes(plan: Plan, checkpoint: Checkpoint, format_: str, config: Any) ->
 
 
 class _Shapes(Checkpoint):
-    """A checkpoint, and what quantizing it would give, without any numbers (meta tensors)."""
+    """A checkpoint without any numbers (meta tensors)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.infos = checkpoint.infos
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         return torch.empty(self.infos[name].shape, dtype=self.infos[name].dtype, device="meta")
-
-    def load(self, linear: Linear, rows: int | None = None) -> QuantizedTensor:
-        return placeholder(linear)
-
-    def pieces(
-        self, linears: Iterable[Linear], pack: Callable[[QuantizedTensor], Tensor]
-    ) -> Generator[Iterator[Tensor], None, None]:
-        return (iter([pack(self.load(linear))]) for linear in linears)
 
 
 def write(
@@ -227,7 +219,7 @@ def _write_folder(
         raise FormatError("no linear is left to quantize, and a packed folder needs one. Change the recipe's grid")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _tensors(plan, checkpoint, source, exporter, tell):
+        for name, tensor in _tensors(plan, checkpoint, lambda linear: exporter.pack(source.load(linear)), tell):
             told[name] = tensor.dtype, tuple(tensor.shape)
             yield name, tensor
 
@@ -264,9 +256,12 @@ def _shard_bytes(plan: Plan) -> int:
 
 
 def _tensors(
-    plan: Plan, checkpoint: Checkpoint, source: Source, exporter: ModuleType, advance: Callable[[int, int], None]
+    plan: Plan,
+    checkpoint: Checkpoint,
+    packed: Callable[[Linear], dict[str, Tensor]],
+    advance: Callable[[int, int], None],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the new folder, in the order of the old one."""
+    """Yield every tensor of the new folder, in the order of the old one. packed: gives those of a linear."""
     names = [x.weight_name for x in plan.linears] + list(plan.kept)
     names.sort(key=lambda n: (checkpoint.infos[n].file, n) if n in checkpoint.infos else ("~", n))
     linears = {x.weight_name: x for x in plan.linears}
@@ -281,19 +276,25 @@ def _tensors(
                 check_finite(tensor, f"{checkpoint.folder}: {stored_as}")
             yield key, tensor.clone() if name not in checkpoint else tensor
             continue
-        q = source.load(linear)
         try:
-            packed = exporter.pack(q)
+            parts = packed(linear)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
-        yield from ((f"{key.removesuffix('.weight')}.{suffix}", tensor) for suffix, tensor in packed.items())
+        yield from ((f"{key.removesuffix('.weight')}.{suffix}", tensor) for suffix, tensor in parts.items())
     advance(len(names), len(names))
 
 
 def _sketches(plan: Plan, checkpoint: Checkpoint, exporter: ModuleType) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the new folder on the meta device; reads no weights."""
-    shapes = _Shapes(checkpoint)
-    return _tensors(plan, shapes, shapes, exporter, lambda done, total: None)
+    known: dict[Hashable, dict[str, Tensor]] = {}  # to pack without numbers is slow, and most linears are alike
+
+    def packed(linear: Linear) -> dict[str, Tensor]:
+        key = linear.grid, linear.activations, linear.rows, linear.cols
+        if key not in known:
+            known[key] = exporter.pack(placeholder(linear))
+        return known[key]
+
+    return _tensors(plan, _Shapes(checkpoint), packed, lambda done, total: None)
 
 
 def _settings(plan: Plan) -> dict[str, object]:

@@ -10,11 +10,14 @@ import yaml
 from llmquant import plugins
 
 if TYPE_CHECKING:
+    from llmquant.answers import TaskRow
     from llmquant.evaluation import Row
     from llmquant.run import Report
     from llmquant.sensitivity import Measured, Sensitivity
 
 COLUMNS = ("recipe", "format", "size", "bpw", "perplexity", "KLD", "KLD 99 %", "top-1", "seconds", "peak memory")
+
+ANSWERS = ("model", "task", "metric", "items", "value", "difference", "changed", "lost", "gained", "p")
 
 
 def size(count: int) -> str:
@@ -54,6 +57,25 @@ def cells(row: Row) -> list[str]:
         f"{row.seconds:.1f}",
         size(row.peak_rss_bytes),
     ]
+
+
+def answer_cells(row: TaskRow) -> list[str]:
+    """Return one line about a task, in the order of ``ANSWERS``."""
+    counts = (row.changed, row.lost, row.gained)
+    return [
+        row.model,
+        row.task,
+        row.metric,
+        str(row.items),
+        f"{row.value:.4f}{_interval(row.low, row.high)}",
+        _optional(row.difference, "+.4f") + _interval(row.difference_low, row.difference_high),
+        *("" if count is None else str(count) for count in counts),
+        _optional(row.p, ".3g"),
+    ]
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

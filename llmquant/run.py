@@ -52,6 +52,8 @@ from llmquant.stats import Accumulator, Stats
 from llmquant.stream import BATCH_TOKENS, Stream
 
 OnError = Literal["stop", "skip"]
+REPORT = "llmquant-report.json"
+"""The file of a written folder that tells of the run."""
 
 
 @dataclass

@@ -177,11 +177,12 @@ class Stream:
             set_module_tensor_to_device(self.model, name, "meta")
         self._tie()
 
-    def load_all(self) -> Any:
-        """Load everything, for good, and return the model."""
+    def load_all(self, but: Collection[str] = ()) -> Any:
+        """Load everything, for good, but some parameters of the layers; return the model."""
         self.load()
         for index, layer in enumerate(self.decoder_layers):
-            self._put(layer, f"{self.spec.layers}.{index}.", [name for name, _ in layer.named_parameters()])
+            prefix = f"{self.spec.layers}.{index}."
+            self._put(layer, prefix, [name for name, _ in layer.named_parameters() if prefix + name not in but])
         return self.model
 
     def _tie(self) -> None:
@@ -250,12 +251,6 @@ class Stream:
             )
         check_finite(value, f"{self.checkpoint.folder}: {full}")
         set_module_tensor_to_device(root, name, self.device, value=value.to(self.dtype), dtype=self.dtype)
-
-    def load_layers(self, but: Collection[str] = ()) -> None:
-        """Load the weights of all decoder layers, for good, but those of some names."""
-        for name, parameter in self.model.get_submodule(self.spec.layers).named_parameters():
-            if parameter.is_meta and f"{self.spec.layers}.{name}" not in but:
-                self._materialise(self.model.get_submodule(self.spec.layers), f"{self.spec.layers}.", name)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

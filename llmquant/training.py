@@ -49,9 +49,7 @@ class Student(nn.Module):
         """floats: whether norms and biases are trained."""
         super().__init__()
         self.linears = [x for x in plan.linears if x.grid is not None]
-        stream.load()
-        stream.load_layers(but=[x.weight_name for x in self.linears])
-        self.model = stream.model
+        self.model = stream.load_all(but=[x.weight_name for x in self.linears])
         head = f"{plan.spec.head}.weight"
         if plan.untie and stream.tied:
             own = nn.Parameter(stream.head_weight().clone(), requires_grad=False)
@@ -197,9 +195,7 @@ class _Trainer:
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_in_16_bits(stream.device))
         AcceleratorState._reset_state(reset_partial_state=True)  # it refuses another precision in the same process
         self._accelerator = Accelerator(cpu=stream.device.type == "cpu", mixed_precision="bf16" if low else "no")
-        stream.load()
-        stream.load_layers()
-        self._teacher = stream.model
+        self._teacher = stream.load_all()
         self._together = distillation.together(stream.vocabulary, text.tokens.shape[1])
         changed = work.Transformed(stream.checkpoint, log, range(plan.layers))
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)

@@ -209,7 +209,7 @@ def test_the_commands_work_together(llama, calibrated, texts, command, tmp_path)
     assert "gptq-plain-w4g128" in (tmp_path / "both" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["grids", "algorithms", "transforms", "formats", "models", "recipes"])
+@pytest.mark.parametrize("kind", ["grids", "algorithms", "transforms", "formats", "models", "recipes", "targets"])
 def test_everything_is_listed_with_a_line_about_it(kind, command, tmp_path):
     code, _, err = command("list", kind, "--json", tmp_path / "facts.json")
     assert (code, err) == (0, "")
@@ -219,7 +219,8 @@ def test_everything_is_listed_with_a_line_about_it(kind, command, tmp_path):
 
 
 def test_every_command_has_help_with_an_example():
-    for name in ("demo", "plan", "quantize", "export", "eval", "compare", "imatrix", "sensitivity", "inspect", "list"):
+    made = ("demo", "plan", "quantize", "export", "compare", "imatrix", "recommend", "push")
+    for name in (*made, "eval", "sensitivity", "inspect", "list"):
         result = CliRunner().invoke(cli.app, [name, "--help"])
         assert result.exit_code == 0
         assert f"Example: llmquant {name}" in result.output

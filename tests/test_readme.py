@@ -23,6 +23,7 @@ def test_the_commands_run(llama, calibrated, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(texts / "calibration.txt", "text.txt")
     shutil.copy(texts / "evaluation.txt", "test.txt")
+    Path("items.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n', "utf-8")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("llmquant ")]
     assert len(commands) >= 7
     small = [c for c in calibrated if "path" not in c]  # the models of the tests are narrower than a group of 128

@@ -11,11 +11,11 @@ import llmquant
 ROOT = Path(llmquant.__file__).parent
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 PURE = re.compile(
-    r"(grid|activations|runtime(\.\w+)?|blockwise|ranges|stats|transform|words|patterns|metrics|protocols|plan)|(grids|algorithms|transforms|exporters)\.(?!gguf).*"
+    r"(grid|activations|runtime(\.\w+)?|blockwise|ranges|stats|transform|words|patterns|metrics|answers|targets|protocols|plan)|(grids|algorithms|transforms|exporters)\.(?!gguf).*"
 )
 OUTSIDE = {"os", "pathlib", "json", "safetensors", "transformers", "datasets", "accelerate", "logging", "shutil"}
 FAMILY = re.compile(
-    r"(?<![a-z0-9])((llama|qwen|gemma|mistral|mixtral|falcon|gpt_?neox|gpt2)(?!\.cpp|-perplexity)"
+    r"(?<![a-z0-9])((llama|qwen|gemma|mistral|mixtral|falcon|gpt_?neox|gpt2)(?!\.cpp|-perplexity|-cli)"
     r"|(bloom|phi|opt)[0-9]?(?![a-z0-9]))"
 )
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 import llmquant
 from llmquant import gguf_file, imatrix
-from llmquant.checkpoint import check_finite
+from llmquant.checkpoint import check_finite, read_json
 from llmquant.data import load_tokenizer
 from llmquant.errors import FormatError, OutputError, RecipeError
-from llmquant.exporters.gguf import families, general, mixtures, vocabulary, writer
+from llmquant.exporters.gguf import families, general, mixtures, ollama, vocabulary, writer
+from llmquant.files import write_text
 from llmquant.grid import BlockGrid, Grid, QuantizedTensor
 from llmquant.plan import PIECE
 
@@ -186,6 +187,8 @@ def write(
     with closing(source.pieces(quantized, lambda q: pack(q)[""].cpu())) as blocks:
         split = plan.recipe.shard_bytes or 0
         files = writer.write(folder / f"{name}.gguf", metadata, tensors, data(blocks), split)
+    if len(files) == 1:  # Ollama imports no shards
+        write_text(folder / "Modelfile", _modelfile(f"{name}.gguf", checkpoint.folder, metadata, layout.architecture))
     return {path.name: digest for path, digest in files.items()}
 
 
@@ -245,6 +248,22 @@ def _contents(
     metadata |= vocabulary.metadata(tokenizer, text.vocab_size, text)
     metadata[Keys.General.NAME] = vocabulary.model_name(metadata[Keys.General.NAME], tokenizer)
     return layout, tensors, metadata
+
+
+def _modelfile(file: str, model: Path, metadata: Mapping[str, Any], architecture: str) -> str:
+    """Return the Modelfile of a file with these keys. model: the folder of the float model."""
+    settings = model / "generation_config.json"
+    told = read_json(settings, "it gives the ends of answers").get("eos_token_id") if settings.is_file() else None
+    ends = [metadata.get(Keys.Tokenizer.EOS_ID), *(told if isinstance(told, list) else [told])]
+    known = range(len(metadata[Keys.Tokenizer.LIST]))
+    return ollama.modelfile(
+        file,
+        load_tokenizer(model),
+        metadata[Keys.LLM.CONTEXT_LENGTH.format(arch=architecture)],
+        bool(metadata.get(Keys.Tokenizer.ADD_BOS)),
+        {number for number in ends if isinstance(number, int) and number in known},
+        metadata,
+    )
 
 
 def _float_data(plan: Plan, checkpoint: Checkpoint, entry: families.Entry, stored: writer.Stored) -> Iterator[Tensor]:
