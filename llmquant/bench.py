@@ -183,7 +183,7 @@ def _serve(pipe: Connection, path: str, runtime: Runtime, settings: Settings, th
     torch.set_num_threads(threads)
     try:
         memory.reset_peak()
-        start = _in_llama_cpp if runtime == "llama.cpp" else _in_torch
+        start = _in_program if runtime == "llama.cpp" else _in_this_process
         measure, weights, peak = start(path, settings)
         pipe.send(None)
         while not pipe.recv():
@@ -195,7 +195,7 @@ def _serve(pipe: Connection, path: str, runtime: Runtime, settings: Settings, th
         return
 
 
-def _in_torch(path: str, settings: Settings) -> tuple[Callable[[], Round], int, Callable[[], int]]:
+def _in_this_process(path: str, settings: Settings) -> tuple[Callable[[], Round], int, Callable[[], int]]:
     """Return what measures a model once, the bytes of its weights, and what tells the peak memory."""
     model = inference.load(path, settings.dtype, settings.device, settings.trust_remote_code)
     context = context_of(model.config)
@@ -225,7 +225,7 @@ def _in_torch(path: str, settings: Settings) -> tuple[Callable[[], Round], int, 
     return measure, inference.weight_bytes(model), peak
 
 
-def _in_llama_cpp(path: str, settings: Settings) -> tuple[Callable[[], Round], int, Callable[[], int]]:
+def _in_program(path: str, settings: Settings) -> tuple[Callable[[], Round], int, Callable[[], int]]:
     checkpoint = open_model(path)
     assert isinstance(checkpoint, GgufCheckpoint)
     program = CppModel(checkpoint.file.path, settings.prompt + settings.generated)
