@@ -64,8 +64,8 @@ def test_the_histogram_counts_the_weights_and_codes_of_the_written_file(llama, t
     for name, told in report.histograms.items():
         w, q = both(llama, tmp_path / "out", name)
         scale = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight_scale"].double().numpy().repeat(32, 1)
-        assert told["levels"] == list(range(-8, 8))
-        x = np.clip(w / scale, told["low"], told["high"])
+        assert told["levels"] == list(range(16))
+        x = np.clip(w / scale + 8, told["low"], told["high"])  # the offset of a symmetric grid is -8 scale
         counts, edges = np.histogram(x, len(told["weights"]), (told["low"], told["high"]))
         assert np.abs(counts - told["weights"]).sum() <= 4  # on an edge
         assert np.abs(edges + (edges[1] - edges[0]) / 2 - 7).min() < 1e-4  # a level is in the middle of its bin
