@@ -14,6 +14,7 @@ import importlib
 import inspect
 import sys
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,10 @@ def _of_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _of_module(module: str) -> Iterator[tuple[str, str]]:
-    for name, value in sorted(vars(importlib.import_module(module)).items()):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of modules that a later Python leaves out
+        found = vars(importlib.import_module(module))
+    for name, value in sorted(found.items()):
         if isinstance(value, str | int | float):
             continue  # its docstring is that of its type
         yield f"{_public(module)}.{name}", _doc(value)
