@@ -123,6 +123,8 @@ def test_what_stopped_goes_on_and_ends_with_the_same_bytes(small, rounding, tmp_
         progress=lambda what, *_: told.append(what),
     )
     assert not [what for what in told if what == "measuring" or what.startswith("uniform")]
+    for report in (again, whole):
+        del report.hashes["gguf"]["report.html"]  # which tells how long it took
     assert (again.hashes, again.allocation) == (whole.hashes, whole.allocation)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
