@@ -24,7 +24,7 @@ def reset_peak() -> None:
 def trim() -> None:
     """Give freed memory back to the system, where its C library keeps it (glibc).
 
-    Else the pieces add up: without it around every site, the peak grew by a fifth from 8 layers to 32.
+    Else the pieces add up: without it around every site, GPTQ peaked at 871 MB with 8 layers and at 927 with 32.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
