@@ -76,7 +76,7 @@ VARIANTS = {
     "rounding": ["--set", "algorithm={name: rtn}", "--set", "imatrix=$imatrix"],
     "gptq": ["--set", "algorithm={name: gptq, actorder: true}"],
     "default": DEFAULT,
-    "best": [*DEFAULT, "--set", "learned_rounding={}"],
+    "best": [*DEFAULT, "--set", "algorithm.refit=true", "--set", "learned_rounding={}"],
     "auto": [*DEFAULT, "--budget-like", "$format", "--select", "$select"],
 }
 """A name -> options of `llmquant quantize` for a recipe of nothing but a format and the calibration text.

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 import llmquant
 from llmquant import allocation, data, evaluation, html, hub, plugins, ranks, run
 from llmquant import budget as budgets
-from llmquant import export as exporting
 from llmquant import recipe as recipes
 from llmquant import recommend as recommendations
 from llmquant import report as reports
@@ -256,20 +255,24 @@ def evaluate(
 
 
 def export(
-    work: str | Path, formats: Sequence[str], out: str | Path, progress: Progress = silent, verify: bool = True
-) -> dict[str, str]:
-    """Write a finished work folder in other formats, without calibrating again; return format -> folder.
+    work: str | Path,
+    formats: Sequence[str],
+    out: str | Path,
+    *,
+    verify: bool = True,
+    command: str = "",
+    progress: Progress = silent,
+) -> Report:
+    """Write a finished work folder in other formats, with reports, without calibrating again.
 
-    verify: read back what was written, before it gets its name.
+    verify: read back what was written, before it gets its name. command: as for ``quantize``.
 
     >>> export("work", ["compressed_tensors"], "out")  # doctest: +SKIP
     """
-    out = Path(out)
-    check_output(out)
-    plan, checkpoint, config, log = run.reopen_work(Path(work), formats)
-    with closing(log):
-        written = exporting.write_all(plan, checkpoint, log, formats, config, out, progress, verify)
-    return {name: str(target) for name, (target, _) in written.items()}
+    report = run.export_again(Path(work), formats, Path(out), progress, verify)
+    report.command = command
+    _finish(report, [], report.model)
+    return report
 
 
 def imatrix(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from llmquant import plugins, recipe
+from llmquant import plugins, shipped
 from llmquant.errors import RecipeError
 from llmquant.targets import TARGETS
 
@@ -20,7 +20,7 @@ KINDS: dict[str, plugins.Kind] = {
 def catalogue(kind: str) -> dict[str, str]:
     """Return name -> one line, for "grids", "algorithms", "transforms", "formats", "models", "recipes" or "targets"."""
     if kind == "recipes":
-        return {n: yaml.safe_load(p.read_text("utf-8")).get("description", "") for n, p in recipe.shipped().items()}
+        return {n: yaml.safe_load(p.read_text("utf-8")).get("description", "") for n, p in shipped.recipes().items()}
     if kind == "targets":
         return {name: f"{target.runtime} on {target.about}" for name, target in TARGETS.items()}
     if kind not in KINDS:

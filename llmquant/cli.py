@@ -6,43 +6,68 @@ import dataclasses
 import json
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from logging import ERROR, getLogger
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich import markup
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import llmquant
+from llmquant import shipped
 from llmquant.errors import LlmquantError, RecipeError
+from llmquant.targets import TARGETS
+from llmquant.terminal import (
+    RANK,
+    err,
+    escape,
+    listen,
+    out,
+    progress,
+    say,
+    show,
+    show_answers,
+    show_figures,
+    show_plan,
+    show_recommendation,
+    show_report,
+    signals,
+)
 
 if TYPE_CHECKING:
     from llmquant import run
     from llmquant.answers import TaskRow
     from llmquant.evaluation import Row
-    from llmquant.plan import Plan
-    from llmquant.progress import Progress as Tell
-    from llmquant.recommend import Recommendation
-    from llmquant.recommend import Row as Choice
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+BEGIN, QUANTIZE, USE = "Begin", "Quantize", "Measure, run, publish"  # parts of the help
 LEFT_FLOAT = 3  # exit code
-RANK = int(os.environ.get("RANK", "0"))  # among the processes that torchrun started
-out, err = Console(), Console(stderr=True)
+
+
+def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what completes a name in a shell."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+
+
+def _formats() -> list[str]:
+    from llmquant import plugins
+
+    return plugins.names("exporters")
+
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a hub id such as org/name.")]
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name (`llmquant list recipes`) or a YAML file.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A shipped recipe's name (`llmquant list recipes`) or a YAML file.", autocompletion=_among(shipped.recipes)
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="The new folder.")]
 Changes = Annotated[list[str], typer.Option("--set", help="key.path=value of the recipe; may be repeated.")]
-Formats = Annotated[list[str], typer.Option("--format", help="Container to write; may be repeated.")]
+Formats = Annotated[
+    list[str], typer.Option("--format", help="Container to write; may be repeated.", autocompletion=_among(_formats))
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Of activations: auto (float32 on the CPU), float32 or bfloat16.")]
 Text = Annotated[str | None, typer.Option(help="A text file to measure on, or wikitext2.")]
@@ -73,7 +98,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def demo(
     folder: Annotated[Path | None, typer.Option("--out", help="The new folder (default: demo-output).")] = None,
     facts: Facts = None,
@@ -84,14 +109,14 @@ def demo(
     """
     from llmquant import demo as demonstration
 
-    with _progress(again=False) as tell:
+    with progress(again=False) as tell:
         rows, written = demonstration.run(folder, tell, _command())
-    _show(rows)
-    out.print(f"Written below {escape(str(written))}: packed weights, model cards; report.html shows the comparison")
+    show_figures(rows)
+    say(f"Written below {written}: packed weights, model cards; report.html shows the comparison")
     _write(facts, {"rows": [row.as_dict() for row in rows]})
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def plan(
     model: Model,
     recipe: RecipeName,
@@ -131,15 +156,12 @@ def plan(
     else:
         filled = api.budget(model, recipe, budget, sensitivity, file, changes=changes, trust_remote_code=trust)
         planned = filled.plan
-        out.print(
-            f"{escape(str(file))}: within {filled.budget:,} bytes; measured divergences add up to {filled.kld:.5f}",
-            soft_wrap=True,
-        )
-    _show_plan(planned)
-    _write(facts, _plan_facts(planned))
+        say(f"{file}: within {filled.budget:,} bytes; measured divergences add up to {filled.kld:.5f}")
+    show_plan(planned)
+    _write(facts, planned.as_dict())
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def quantize(
     model: Model,
     recipe: RecipeName,
@@ -210,7 +232,7 @@ def quantize(
     if on_error not in ("stop", "skip"):
         raise LlmquantError(f"--on-error {on_error}: there are stop and skip")
     keys = {"max_shard_size": split, "budget": budget or budget_like, "selection.path": select}
-    with _progress() as tell:
+    with progress() as tell:
         report = api.quantize(
             model,
             recipe,
@@ -236,7 +258,7 @@ def quantize(
     _end(report, facts, not no_eval)
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def train(
     model: Model,
     recipe: RecipeName,
@@ -265,7 +287,7 @@ def train(
 
     changes = _with(changes, formats, False, [])
     changes += [] if steps is None else [f"training.steps={steps}"]
-    with _progress() as tell:
+    with progress() as tell:
         report = api.train(
             model,
             recipe,
@@ -279,12 +301,13 @@ def train(
             memory=memory,
             verify=not no_verify,
             trust_remote_code=trust,
+            command=_command(),
             progress=tell,
         )
     _end(report, facts)
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def export(
     work: Annotated[Path, typer.Argument(help="A work folder of `llmquant quantize --work`.")],
     formats: Formats,
@@ -298,14 +321,12 @@ def export(
     """
     from llmquant import api
 
-    with _progress() as tell:
-        written = api.export(work, formats, folder, tell, verify=not no_verify)
-    for name, target in written.items():
-        out.print(f"{name}: {escape(target)}")
-    _write(facts, written)
+    with progress() as tell:
+        report = api.export(work, formats, folder, verify=not no_verify, command=_command(), progress=tell)
+    _end(report, facts, evaluated=False)
 
 
-@app.command(name="eval")
+@app.command(name="eval", rich_help_panel=USE)
 def evaluate(
     paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
     reference: Annotated[str | None, typer.Option(help="The float model to measure the divergence from.")] = None,
@@ -351,7 +372,7 @@ def evaluate(
         raise LlmquantError(f"--runtime {runtime}: there are {' and '.join(get_args(evaluation.Runtime))}")
     rows: list[Row] = []
     answered: list[TaskRow] = []
-    with _progress() as tell:
+    with progress() as tell:
         if text is not None or not asks:
             windows = evaluation.read_windows(reference or paths[0], text or "wikitext2", protocol, max_tokens)
             base = evaluation.Reference(reference, device, trust) if reference else None
@@ -375,13 +396,13 @@ def evaluate(
                 progress=tell,
             )
     if rows:
-        _show(rows)
+        show_figures(rows)
     if answered:
-        _show_answers(answered)
+        show_answers(answered)
     _write(facts, {"rows": [row.as_dict() for row in rows]} | {"answers": [row.as_dict() for row in answered]})
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
     path: Annotated[str, typer.Argument(help="A model folder, float or packed, a GGUF file or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on after.")],
@@ -401,7 +422,7 @@ def generate(
     """
     from llmquant import inference
 
-    with _progress(again=False):
+    with progress(again=False):
         model, tokenizer = inference.load(path, dtype, device, trust), inference.load_tokenizer(path, trust)
     try:
         text = inference.generate(
@@ -414,13 +435,13 @@ def generate(
             say=lambda piece: out.print(escape(piece), end="", soft_wrap=True, highlight=False),
         )
     except KeyboardInterrupt:
-        raise typer.Exit(128 + _signals[0]) from None
+        raise typer.Exit(128 + signals[0]) from None
     finally:
         out.print()
     _write(facts, {"prompt": prompt, "text": text})
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def bench(
     paths: Annotated[list[str], typer.Argument(help="Model folders, float or packed, or GGUF files.")],
     reference: Annotated[str | None, typer.Option(help="The float model: measured first.")] = None,
@@ -443,35 +464,22 @@ def bench(
     Example: llmquant bench out --reference org/model --text test.txt
     """
     from llmquant import bench as benchmark
-    from llmquant.report import size
+    from llmquant.report import costs_table
 
     settings = benchmark.Settings(prompt, generated, rounds, dtype, device, trust)
-    with _progress(again=False) as tell:
+    with progress(again=False) as tell:
         costs = benchmark.bench(paths, reference, text, max_tokens, settings, tell)
-    table = Table()
-    columns = ["model", "format", "weights", "peak memory", "first token", "prompt tok/s", "generated tok/s"]
-    for i, column in enumerate([*columns, *(["perplexity", "KLD"] if text else [])]):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
-    for cost in costs:
-        accuracy = [f"{cost.perplexity:.3f}", "" if cost.kld_mean is None else f"{cost.kld_mean:.5f}"] if text else []
-        table.add_row(
-            escape(Path(cost.path).name),
-            escape(cost.format + ("" if cost.runtime == "torch" else f" in {cost.runtime}")),
-            size(cost.weight_bytes),
-            size(cost.peak_bytes),
-            f"{1000 * cost.first_token_seconds:.0f} ms",
-            f"{cost.prompt_rate:.1f} ({cost.prompt_ratio:.2f})",
-            f"{cost.generation_rate:.1f} ({cost.generation_ratio:.2f})",
-            *accuracy,
-        )
-    _wide().print(table)
+    show(costs_table(costs))
     _write(facts, {"settings": dataclasses.asdict(settings), "rows": [cost.as_dict() for cost in costs]})
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def compare(
     model: Model,
-    recipes: Annotated[list[str], typer.Argument(help="Shipped recipes' names or YAML files.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="Shipped recipes' names or YAML files.", autocompletion=_among(shipped.recipes)),
+    ],
     folder: OutFolder,
     changes: Changes = [],
     device: Device = "auto",
@@ -489,7 +497,7 @@ def compare(
     """
     from llmquant import api
 
-    with _progress() as tell:
+    with progress() as tell:
         rows = api.compare(
             model,
             recipes,
@@ -503,12 +511,12 @@ def compare(
             command=_command(),
             progress=tell,
         )
-    _show(rows)
-    out.print(f"{escape(str(folder))}: the models, report.html, report.md and report.json")
+    show_figures(rows)
+    say(f"{folder}: the models, report.html, report.md and report.json")
     _write(facts, {"rows": [row.as_dict() for row in rows]})
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def imatrix(
     model: Model,
     text: Annotated[Path, typer.Option(help="The text to measure on.")],
@@ -525,7 +533,7 @@ def imatrix(
     """
     from llmquant import api
 
-    with _progress() as tell:
+    with progress() as tell:
         api.imatrix(
             model,
             text,
@@ -536,11 +544,11 @@ def imatrix(
             trust_remote_code=trust,
             progress=tell,
         )
-    out.print(f"imatrix: {escape(str(file))}")
+    say(f"imatrix: {file}")
     _write(facts, {"imatrix": str(file)})
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def sensitivity(
     model: Model,
     recipe: RecipeName,
@@ -574,7 +582,7 @@ def sensitivity(
     from llmquant import sensitivity as sensitivities
     from llmquant.report import sensitivity_table
 
-    with _progress() as tell:
+    with progress() as tell:
         found = api.sensitivity(
             model,
             recipe,
@@ -589,22 +597,16 @@ def sensitivity(
             restart=restart,
             trust_remote_code=trust,
             command=_command(),
-            announce=lambda cost: out.print(str(cost), soft_wrap=True),
+            announce=lambda cost: say(str(cost)),
             progress=tell,
         )
-    columns, rows = sensitivity_table(found)
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _wide().print(table)
-    out.print(f"KLD from the float model, nats a token, each quantized alone. {escape(found.protocol)}", soft_wrap=True)
+    show(sensitivity_table(found))
+    say(f"KLD from the float model, nats a token, each quantized alone. {found.protocol}")
     _write(facts, dataclasses.asdict(found))
-    out.print(f"{escape(str(folder))}: sensitivity.json, report.html and report.md")
+    say(f"{folder}: sensitivity.json, report.html and report.md")
 
 
-@app.command()
+@app.command(rich_help_panel=BEGIN)
 def recommend(
     model: Model,
     memory: Annotated[
@@ -615,7 +617,11 @@ def recommend(
         ),
     ],
     target: Annotated[
-        str | None, typer.Option(help="Where it is to run (default: the best for each of `llmquant list targets`).")
+        str | None,
+        typer.Option(
+            help="Where it is to run (default: the best for each of `llmquant list targets`).",
+            autocompletion=_among(lambda: TARGETS),
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens that the run is to hold (default: 4096, or the model's most).", min=1)
@@ -631,20 +637,16 @@ def recommend(
     Example: llmquant recommend org/model --memory 8GB --target laptop
     """
     from llmquant import api
-    from llmquant.targets import TARGETS
 
-    with _progress() as tell:
+    with progress() as tell:
         found = api.recommend(
             model, memory, target=target, context=context, reports=reports, trust_remote_code=trust, progress=tell
         )
-    if target is None:
-        _show_targets(found)
-    else:
-        _show_target(found, target)
+    show_recommendation(found, target)
     _write(facts, found.as_dict() | {"targets": {name: TARGETS[name].as_dict() for name in found.rows}})
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder that quantize or compare has finished.")],
     repo: Annotated[str, typer.Argument(help="The repository on the hub, such as me/model-gguf.")],
@@ -659,31 +661,26 @@ def push(
     """
     from llmquant import api
 
-    with _progress() as tell:
+    with progress() as tell:
         address = api.push(folder, repo, private=private, progress=tell)
-    out.print(escape(address))
+    say(address)
     _write(facts, {"address": address})
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF file.")], facts: Facts = None) -> None:
     """List the tensors, sizes and settings of a model folder or a GGUF file.
 
     Example: llmquant inspect out
     """
     from llmquant.packed import describe
-    from llmquant.report import size
+    from llmquant.report import inspection_table, size
 
     found = describe(path)
-    table = Table("tensor", "type", "shape", "bytes")
-    for name, tensor in found["tensors"].items():
-        table.add_row(escape(name), tensor["dtype"], " x ".join(map(str, tensor["shape"])), f"{tensor['bytes']:,}")
-    out.print(table)
+    show(inspection_table(found))
     architectures = ", ".join(found["architectures"])
     quantized = len(found["quantized_linears"])
-    out.print(
-        f"{architectures}: {len(found['tensors'])} tensors, {size(found['bytes'])}, {quantized} linears quantized"
-    )
+    say(f"{architectures}: {len(found['tensors'])} tensors, {size(found['bytes'])}, {quantized} linears quantized")
     for key in ("quantization_config", "metadata"):
         if found.get(key):
             short = {k: f"[{len(v)} items]" if isinstance(v, list) and len(v) > 8 else v for k, v in found[key].items()}
@@ -691,7 +688,7 @@ def inspect(path: Annotated[str, typer.Argument(help="A model folder, or a GGUF 
     _write(facts, found)
 
 
-@app.command(name="list")
+@app.command(name="list", rich_help_panel=BEGIN)
 def list_(
     kind: Annotated[str, typer.Argument(help="grids, algorithms, transforms, formats, models, recipes or targets.")],
     facts: Facts = None,
@@ -710,35 +707,20 @@ def list_(
     _write(facts, found)
 
 
-def escape(text: str) -> str:
-    """Return a text from a file as one that a terminal shows and does not obey."""
-    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
-
-
-_signals: list[int] = []
-"""Those that were told to stop this process by: a library may turn the exception into one of its own."""
-
-
-def _stop(number: int, frame: object) -> None:
-    _signals.append(number)
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line: what the input caused is one message and exit code 2, never a traceback."""
-    _signals.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    listen()
     out.quiet = err.quiet = RANK > 0  # the first one speaks for all, but for errors
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["quantize"]:
-            raise LlmquantError(f"{' '.join(sys.argv[1:2])}: runs in one process; torchrun is for `llmquant quantize`")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] not in (["quantize"], ["train"]):
+            command = " ".join(sys.argv[1:2])
+            raise LlmquantError(f"{command}: runs in one process; torchrun is for `llmquant quantize` and `train`")
         app()
     except SystemExit as ended:
-        if not _signals or ended.code in (0, 128 + _signals[0]):
+        if not signals or ended.code in (0, 128 + signals[0]):
             raise
         err.print("Stopped before anything was done.")
-        sys.exit(128 + _signals[0])
+        sys.exit(128 + signals[0])
     except LlmquantError as error:
         err.quiet = False
         who = f"rank {RANK}: " if RANK else ""
@@ -761,243 +743,18 @@ def _with(changes: list[str], formats: list[str], pure: bool = False, tensor_typ
     return [*changes, *more]
 
 
-def _end(report: run.Report, facts: Path | None, evaluated: bool = True) -> None:
-    """Print what a run has done; exit with ``LEFT_FLOAT`` where it left linears float."""
-    from llmquant import report as reports
-    from llmquant.evaluation import Row
-
-    if report.resumed_layers:
-        out.print(f"{report.resumed_layers} finished layers were taken from the work folder.")
-    for note in report.notes:
-        out.print(f"note: {escape(note)}")
-    for line in reports.allocation_lines(report):
-        out.print(escape(line), soft_wrap=True)
-    if report.evaluation:
-        _show([Row(**row) for row in report.evaluation])
-    elif evaluated:
-        out.print("Not evaluated: this recipe reads no text. Add --text FILE.")
-    if report.training:
-        held_out = report.training["held_out"]
-        out.print(
-            f"trained {report.training['step']} steps: KLD on held-out text {held_out[0][1]:.5f} before, "
-            f"{report.training['best']:.5f} at the best step"
-        )
-    for name, errors in report.residual_errors.items():
-        out.print(f"{name}: error of the residual stream after each layer: {', '.join(f'{e:.2%}' for e in errors)}")
-    for name, target in report.outputs.items():
-        out.print(f"{name}: {escape(target)}, in {report.seconds:.1f} s")
-    if not RANK:
-        _write(facts, report.as_dict())
-    if report.given_up and not RANK:
-        raise typer.Exit(LEFT_FLOAT)
-
-
-@contextmanager
-def _progress(again: bool = True) -> Iterator[Tell]:
-    """Show a bar for what is being done, on a terminal; nothing elsewhere.
-
-    again: whether the same command can be given again when it was stopped.
-    """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # this process is the command line's own
-    getLogger("lm_eval").setLevel(ERROR)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal or err.quiet) as bars:
-        task = bars.add_task("starting", total=None)
-        doing, at = "", 0
-
-        def tell(what: str, done: int, total: int) -> None:
-            nonlocal doing, at
-            at = done
-            if what.partition(":")[0] != doing.partition(":")[0]:
-                bars.reset(task, total=total)
-            bars.update(task, description=what)
-            doing = what
-            bars.update(task, completed=done, total=total)
-
-        try:
-            yield tell
-        except BaseException:
-            if not _signals:
-                raise
-            bars.stop()
-            err.print(f"Stopped{f' while {doing}' if doing else ''}. {_how_to_go_on(doing, at, again)}", soft_wrap=True)
-            raise typer.Exit(128 + _signals[0]) from None
-
-
-def _how_to_go_on(doing: str, done: int, again: bool) -> str:
-    if not again:
-        return "What is finished stays as it is, but the same command needs another --out."
-    if doing == "quantizing layers":
-        return f"Finished layers are kept; the same command goes on from layer {done}."
-    if doing.startswith("training"):
-        return "The same command goes on from at most a minute before."
-    if doing.startswith(("evaluating", "scoring", "residual")):
-        return "What was quantized is complete, and `llmquant eval` can measure it."
-    return "Nothing is half-written; the same command goes on with what is finished."
-
-
-def _show(rows: list[Row]) -> None:
-    from llmquant.report import COLUMNS, cells
-
-    table = Table()
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, cells(row)))
-    _wide().print(table)
-    for protocol in sorted({row.protocol for row in rows}):
-        out.print(f"Protocol: {escape(protocol)}", soft_wrap=True)
-
-
 def _command() -> str:
     """Return what was typed."""
     return shlex.join(["llmquant", *sys.argv[1:]])
 
 
-def _show_answers(rows: list[TaskRow]) -> None:
-    from llmquant.report import ANSWERS, answer_cells
-
-    table = Table()
-    for i, column in enumerate(ANSWERS):
-        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, answer_cells(row)))
-    _wide().print(table)
-    notes = {
-        "Wilson": "of shares by Wilson",
-        "bootstrap": "of other means by 2000 bootstrap resamples",
-        "standard error": "of the rest by the task's own standard error",
-    }
-    used = {row.interval for row in rows}
-    intervals = ", ".join(note for name, note in notes.items() if name in used)
-    out.print(f"In brackets: 95 % intervals, {intervals}; of differences by paired bootstrap.", soft_wrap=True)
-    if any(row.p is not None for row in rows):
-        out.print(
-            "lost, gained: right before and wrong now, and the other way. p: McNemar's exact test.", soft_wrap=True
-        )
-
-
-def _show_targets(found: Recommendation) -> None:
-    """Show the best row of every target."""
-    from llmquant.report import size
-    from llmquant.targets import TARGETS
-
-    table = Table()
-    for column in ("target", "device", "recipe", "format", "file", "memory", "tokens/s", "KLD"):
-        numbers = column in ("file", "memory", "tokens/s", "KLD")
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=column != "device")
-    for name in found.rows:
-        row = found.best(name)
-        cells = ["nothing fits", *[""] * 5]
-        if row:
-            cells = [row.recipe, row.format, size(row.file_bytes), size(row.total_bytes), f"{row.rate:.1f}", _kld(row)]
-        table.add_row(name, f"{TARGETS[name].about}, {TARGETS[name].runtime}", *cells)
-    _wide().print(table)
-    _explain(found)
-    out.print("Give a --target to see all that fits there, and the commands.")
-
-
-def _show_target(found: Recommendation, target: str) -> None:
-    """Show what fits on a target, and the commands for the best of it."""
-    from llmquant.report import size
-    from llmquant.targets import TARGETS
-
-    table = Table()
-    for column in ("recipe", "format", "bpw", "file", "keys, values", "runtime", "memory", "tokens/s", "KLD"):
-        table.add_column(column, justify="left" if column in ("recipe", "format") else "right", no_wrap=True)
-    rows = found.rows[target]
-    for row in (row for row in rows if row.fits):
-        parts = (row.file_bytes, row.cache_bytes, row.runtime_bytes, row.total_bytes)
-        cells = (row.recipe, row.format, f"{row.bits_per_weight:.2f}", *map(size, parts), f"{row.rate:.1f}", _kld(row))
-        table.add_row(*cells)
-    _wide().print(table)
-    if more := [row for row in rows if not row.fits]:
-        out.print(f"{len(more)} more do not fit; {more[0].recipe} would take {size(more[0].total_bytes)}.")
-    _explain(found)
-    place = TARGETS[target]
-    out.print(f"{target}: {place.runtime}, {place.about}. {place.note}".rstrip(), soft_wrap=True)
-    best = found.best(target)
-    assert best is not None
-    for command in best.commands:
-        out.print(f"  {escape(command)}", soft_wrap=True)
-
-
-def _explain(found: Recommendation) -> None:
-    protocols = sorted({row.protocol for rows in found.rows.values() for row in rows if row.protocol})
-    out.print(
-        f"For {found.context} tokens. Files, keys and values (16 bits): exact. Runtime: an estimate. tokens/s: "
-        "predicted from the bandwidth of the memory, with the context filled; no run is faster. Order: the divergence "
-        "to be expected from bits and method; measured ones (KLD) among themselves.",
-        soft_wrap=True,
-    )
-    for protocol in protocols:
-        out.print(f"KLD: {escape(protocol)}", soft_wrap=True)
-    if found.refused:
-        out.print(f"{len(found.refused)} recipes cannot be applied to this model; --json tells why.")
-
-
-def _kld(row: Choice) -> str:
-    return "" if row.kld is None else f"{row.kld:.5f}"
-
-
-def _wide() -> Console:
-    """Return a console on which a table of many columns is not cut off in a file."""
-    return Console(width=max(out.width, 150)) if not out.is_terminal else out
-
-
-def _show_plan(planned: Plan) -> None:
-    from llmquant.report import size
-
-    table = Table("linears", "grid", "algorithm", "activations", "bits per weight")
-    groups: dict[tuple[str, str, str, str], int] = {}
-    for linear in planned.linears:
-        if linear.grid is None or linear.choice is None:
-            key = ("float", "", "float", str(8 * linear.dtype.itemsize))
-        else:
-            grid = f"{linear.choice.grid} {linear.choice.grid_config}"
-            activations = linear.activations.label if linear.activations else "float"
-            key = (grid, f"{linear.choice.algorithm}", activations, f"{linear.grid.bits_per_weight:.4f}")
-        groups[key] = groups.get(key, 0) + 1
-    for (grid, *rest), count in groups.items():
-        table.add_row(str(count), escape(grid), *rest)
-    out.print(table)
-    for note in planned.notes:
-        out.print(f"note: {escape(note)}")
-    out.print(f"{planned.bits_per_weight:.4f} bits per quantized weight; {planned.weights:,} weights in all")
-    for name, count in planned.files.items():
-        out.print(f"{name}: {size(count)}, {planned.file_bits_per_weight(name):.4f} bits per weight over everything")
-    where = {"waiting": "", "memory": ", each layer once for each site", "files": ", activations in files"}
-    disk = planned.work_bytes + planned.scratch_bytes + sum(planned.files.values())
-    host = f" of the GPU and {size(planned.host_bytes)} of the host" if planned.host_bytes else ""
-    out.print(f"peak memory about {size(planned.peak_bytes)}{host}{where[planned.placement]}; disk {size(disk)}")
-    if planned.seconds:
-        out.print(f"time about {timedelta(seconds=round(sum(planned.seconds.values())))} on this machine")
-
-
-def _plan_facts(planned: Plan) -> dict[str, Any]:
-    return {
-        "linears": {
-            x.name: {"shape": [x.rows, x.cols], "grid": x.choice.grid, "bits_per_weight": x.grid.bits_per_weight}
-            if x.grid and x.choice
-            else {"shape": [x.rows, x.cols], "grid": "float", "bits_per_weight": 8 * x.dtype.itemsize}
-            for x in planned.linears
-        },
-        "kept": {name: list(info.shape) for name, info in planned.kept.items()},
-        "notes": planned.notes,
-        "bits_per_weight": planned.bits_per_weight,
-        "bytes": dict(planned.files),
-        "peak_bytes": planned.peak_bytes,
-        "peaks": dict(planned.peaks),
-        "placement": planned.placement,
-        "seconds": {phase: round(seconds, 1) for phase, seconds in planned.seconds.items()},
-        "host_bytes": planned.host_bytes,
-        "work_bytes": planned.work_bytes,
-        "scratch_bytes": planned.scratch_bytes,
-    }
+def _end(report: run.Report, facts: Path | None, evaluated: bool = True) -> None:
+    """Print what a run has done; exit with ``LEFT_FLOAT`` where it left linears float."""
+    show_report(report, evaluated)
+    if not RANK:
+        _write(facts, report.as_dict())
+    if report.given_up and not RANK:
+        raise typer.Exit(LEFT_FLOAT)
 
 
 def _write(path: Path | None, facts: Any) -> None:

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from llmquant import data, memory, protocols
 from llmquant.cpp_runtime import CppModel
-from llmquant.decoded import tokenizer_of
 from llmquant.errors import CheckpointError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.metrics import Scores
-from llmquant.packed import open_model
+from llmquant.packed import open_model, tokenizer_of
 from llmquant.progress import Progress, silent
 from llmquant.protocols import Windows
 from llmquant.run import device_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llmquant import plots
-from llmquant.report import COLUMNS, allocation_lines, cells, sensitivity_table, size, title
+from llmquant.report import Table, allocation_lines, figures, sensitivity_table, size, title, training_line
 
 if TYPE_CHECKING:
     from llmquant.evaluation import Row
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FILE = "report.html"
 STEPS = 8  # colours of a scale
 MOST = 12  # units that are listed as the most sensitive
+POINTS = 100  # of a curve of losses
 
 
 def quantized(report: Report, rows: Sequence[Row], format_: str) -> str:
@@ -47,9 +48,10 @@ def quantized(report: Report, rows: Sequence[Row], format_: str) -> str:
         format=format_,
         report=report,
         tiles=_tiles(report, float_row, row, format_),
-        figures=Table(COLUMNS, [cells(one) for one in rows]),
+        figures=figures(rows),
         protocols=_protocols(rows),
         allocation=allocation_lines(report),
+        training=_training(report.training) if report.training else None,
         errors=heat(errors, Scale.of(x for _, x in errors.values()), percent) if errors else None,
         bits=heat(bits, Scale.of((x for _, x in bits.values()), even=True), plots.short) if _differ(bits) else None,
         worst=_worst(report),
@@ -93,7 +95,7 @@ def compared(
     return _page(
         "compared.html",
         title=title(model),
-        figures=Table(COLUMNS, [cells(row) for row in rows], [pages.get(row.path, "") for row in rows]),
+        figures=replace(figures(rows), links=[pages.get(row.path, "") for row in rows]),
         links={row.recipe: pages[row.path] for row in reversed(others)},
         protocols=_protocols(rows),
         formats=formats,
@@ -120,19 +122,9 @@ def sensitive(found: Sensitivity, command: str) -> str:
         found=found,
         maps={grid: one for grid, one in maps.items() if one.rows or one.outside},
         most=sorted(found.results, key=lambda r: -r.kld)[:MOST],
-        table=Table(*sensitivity_table(found), texts=1),
+        table=sensitivity_table(found),
         command=command,
     )
-
-
-@dataclass(frozen=True)
-class Table:
-    """links: of the rows' first cells. texts: how many columns are text; the others are numbers."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    links: Sequence[str] = ()
-    texts: int = 2
 
 
 @dataclass(frozen=True)
@@ -298,6 +290,19 @@ def _tiles(report: Report, float_row: Row | None, row: Row | None, format_: str)
 
 def _protocols(rows: Iterable[Row]) -> list[str]:
     return sorted({row.protocol for row in rows})
+
+
+def _training(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is shown of a training: what it gained, and its curves."""
+    losses = told["losses"]
+    each = -(-len(losses) // POINTS)
+    runs = [losses[i : i + each] for i in range(0, len(losses), each)] if losses else []
+    means = [(sum(step for step, _ in run) / len(run), sum(loss for _, loss in run) / len(run)) for run in runs]
+    return {
+        "told": training_line(told),
+        "held_out": plots.lines([("held-out KLD", [(float(step), kld) for step, kld in told["held_out"]])]),
+        "losses": plots.lines([("loss", means)]) if means else None,
+    }
 
 
 def _worst(report: Report) -> list[tuple[str, str, plots.Histogram]]:

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import GenerationConfig, TextStreamer
 from transformers.pytorch_utils import Conv1D
 
-from llmquant import data
 from llmquant.checkpoint import Checkpoint, by_library, check_finite
 from llmquant.errors import CheckpointError, DataError, LlmquantError
 from llmquant.gguf_checkpoint import GgufCheckpoint
 from llmquant.models import spec_for
-from llmquant.packed import open_model
+from llmquant.packed import open_model, tokenizer_of
 from llmquant.run import device_of
 from llmquant.runtime.coded import Coded, CodedEmbedding, Int4Linear, linear
 from llmquant.runtime.linear import QuantizedLinear
@@ -98,10 +97,7 @@ class _Replacements:
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder, GGUF file or hub id, or raise CheckpointError or FormatError."""
-    checkpoint = open_model(path)
-    if isinstance(checkpoint, GgufCheckpoint):
-        return checkpoint.tokenizer()
-    return data.load_tokenizer(checkpoint.folder, trust_remote_code)
+    return tokenizer_of(open_model(path), trust_remote_code)
 
 
 def weight_bytes(model: nn.Module) -> int:

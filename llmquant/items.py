@@ -23,6 +23,7 @@ from llmquant import data
 from llmquant.answers import Answers, exact_match, f1
 from llmquant.errors import DataError
 from llmquant.progress import Progress, silent
+from llmquant.stream import context_of
 
 NEW_TOKENS = 64  # of a written answer, at most
 
@@ -81,9 +82,8 @@ class Asked:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        text = model.config.get_text_config()
-        self.context = int(getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None) or 2048)
-        ends = text.eos_token_id
+        self.context = context_of(model.config)
+        ends = model.config.get_text_config().eos_token_id
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._device = next(model.parameters()).device
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant import gguf_file, plugins
+from llmquant import data, gguf_file, plugins
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import CheckpointError, LlmquantError
 from llmquant.gguf_checkpoint import GgufCheckpoint
@@ -133,6 +133,13 @@ def open_model(model: str | Path) -> Checkpoint:
     raise CheckpointError(
         f"{checkpoint.folder / 'config.json'}: quant_method {method!r} is not one that llmquant reads"
     )
+
+
+def tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model folder or GGUF file, or raise CheckpointError or FormatError."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.tokenizer()
+    return data.load_tokenizer(checkpoint.folder, trust_remote_code)
 
 
 def describe(model: str | Path) -> dict[str, Any]:

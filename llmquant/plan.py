@@ -143,6 +143,28 @@ class Plan:
         floats = tuple(sorted({*self.floats, *left}))
         return replace(self, linears=tuple(linears), floats=floats, given_up=left)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is planned and what it costs, for JSON."""
+        return {
+            "linears": {
+                x.name: {"shape": [x.rows, x.cols], "grid": x.choice.grid, "bits_per_weight": x.grid.bits_per_weight}
+                if x.grid and x.choice
+                else {"shape": [x.rows, x.cols], "grid": "float", "bits_per_weight": 8 * x.dtype.itemsize}
+                for x in self.linears
+            },
+            "kept": {name: list(info.shape) for name, info in self.kept.items()},
+            "notes": self.notes,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": dict(self.files),
+            "peak_bytes": self.peak_bytes,
+            "peaks": dict(self.peaks),
+            "placement": self.placement,
+            "seconds": {phase: round(seconds, 1) for phase, seconds in self.seconds.items()},
+            "host_bytes": self.host_bytes,
+            "work_bytes": self.work_bytes,
+            "scratch_bytes": self.scratch_bytes,
+        }
+
     @property
     def notes(self) -> list[str]:
         """Every departure from the recipe's own grid that a report must list."""

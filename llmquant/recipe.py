@@ -11,14 +11,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmquant import patterns, plugins
+from llmquant import patterns, plugins, shipped
 from llmquant.activations import ActivationScheme
 from llmquant.data import Calibration, TextSource
 from llmquant.distillation import Training
 from llmquant.errors import RecipeError
 from llmquant.learned import LearnedRounding
 
-_PACKAGE = Path(__file__).parent
 MOST_BYTES = 1 << 20  # of a recipe; a budget's rules for a large model have a hundredth of that
 MOST_DEPTH = 20  # of its lists and mappings
 
@@ -262,16 +261,6 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def folder() -> Path:
-    """Return where the shipped recipes are: inside an installed package, or beside a checked-out one."""
-    return next(p for p in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if p.is_dir())
-
-
-def shipped() -> dict[str, Path]:
-    """Return the shipped recipes by name."""
-    return {p.stem: p for p in sorted(folder().glob("*.yaml"))}
-
-
 def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
     """Return the recipe of a YAML file or a shipped name, with ``key.path=value`` changes applied.
 
@@ -279,12 +268,12 @@ def load(recipe: str | Path, changes: list[str] | None = None) -> Recipe:
     """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
-        if str(recipe) not in shipped():
+        if str(recipe) not in shipped.recipes():
             raise RecipeError(
-                f"no recipe is called {str(recipe)!r}.{plugins.hint(str(recipe), shipped())} "
+                f"no recipe is called {str(recipe)!r}.{plugins.hint(str(recipe), shipped.recipes())} "
                 "A recipe of your own is a path that ends in .yaml."
             )
-        path = shipped()[str(recipe)]
+        path = shipped.recipes()[str(recipe)]
     try:
         if path.exists() and not path.is_file():
             raise RecipeError(f"{path}: is not a file")

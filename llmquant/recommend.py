@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmquant import plugins, run
+from llmquant import plugins, run, shipped
 from llmquant import recipe as recipes
 from llmquant.checkpoint import read_json
 from llmquant.errors import DataError, LlmquantError, PlanError, RecipeError
@@ -227,7 +227,7 @@ def _sized(stream: Stream, read: Collection[str], refused: dict[str, str], progr
 
     read: kinds of files that are asked for. refused: gets the recipes that this model does not allow.
     """
-    names = recipes.shipped()
+    names = shipped.recipes()
     formats = {kind.partition(":")[0] for kind in read}
     known: dict[Hashable, tuple[int, int]] = {}
     for i, name in enumerate(names):

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from llmquant import plugins
+from llmquant.targets import TARGETS
 
 if TYPE_CHECKING:
     from llmquant.answers import TaskRow
+    from llmquant.bench import Cost
     from llmquant.evaluation import Row
+    from llmquant.plan import Plan
+    from llmquant.recommend import Recommendation
+    from llmquant.recommend import Row as Choice
     from llmquant.run import Report
     from llmquant.sensitivity import Measured, Sensitivity
 
 COLUMNS = ("recipe", "format", "size", "bpw", "perplexity", "KLD", "KLD 99 %", "top-1", "seconds", "peak memory")
 
-ANSWERS = ("model", "task", "metric", "items", "value", "difference", "changed", "lost", "gained", "p")
+
+@dataclass(frozen=True)
+class Table:
+    """texts: how many columns, from the left, are text; the others are numbers. links: of the rows' first cells."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 2
+    links: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """Return it without its links."""
+        return markdown(self.columns, self.rows, self.texts)
 
 
 def size(count: int) -> str:
@@ -43,6 +64,16 @@ def title(model: str) -> str:
     return "/".join([*before[-1:], name]) if name == "model" else name
 
 
+def origin(model: str) -> str:
+    """Return the hub id that a folder in the hub's cache is a copy of; what is no such folder stays as it is.
+
+    >>> origin("/cache/hub/models--org--name/snapshots/0a1b2c"), origin("runs/model")
+    ('org/name', 'runs/model')
+    """
+    found = re.search(r"/models--([^/]+)/snapshots/[^/]+$", model)
+    return found[1].replace("--", "/", 1) if found else model
+
+
 def cells(row: Row) -> list[str]:
     """Return one line of a comparison, in the order of ``COLUMNS``."""
     return [
@@ -59,28 +90,106 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def answer_cells(row: TaskRow) -> list[str]:
-    """Return one line about a task, in the order of ``ANSWERS``."""
-    counts = (row.changed, row.lost, row.gained)
-    return [
-        row.model,
-        row.task,
-        row.metric,
-        str(row.items),
-        f"{row.value:.4f}{_interval(row.low, row.high)}",
-        _optional(row.difference, "+.4f") + _interval(row.difference_low, row.difference_high),
-        *("" if count is None else str(count) for count in counts),
-        _optional(row.p, ".3g"),
+def answers_table(rows: Sequence[TaskRow]) -> Table:
+    """Return a line for every model, task and metric."""
+    columns = ("model", "task", "metric", "items", "value", "difference", "changed", "lost", "gained", "p")
+    cells = [
+        (
+            *(row.model, row.task, row.metric, str(row.items)),
+            f"{row.value:.4f}{_interval(row.low, row.high)}",
+            _optional(row.difference, "+.4f") + _interval(row.difference_low, row.difference_high),
+            *("" if count is None else str(count) for count in (row.changed, row.lost, row.gained)),
+            _optional(row.p, ".3g"),
+        )
+        for row in rows
     ]
+    return Table(columns, cells, 3)
 
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; the first two columns are text, the others numbers."""
-    lines = [columns, ["---" if i < 2 else "--:" for i in range(len(columns))], *rows]
+def figures(rows: Sequence[Row]) -> Table:
+    """Return a line for every measured model."""
+    return Table(COLUMNS, [cells(row) for row in rows])
+
+
+def costs_table(costs: Sequence[Cost]) -> Table:
+    """Return a line for every model whose speed was measured."""
+    measured = costs[0].perplexity is not None
+    columns = ["model", "format", "weights", "peak memory", "first token", "prompt tok/s", "generated tok/s"]
+    rows = [
+        [
+            Path(cost.path).name,
+            cost.format + ("" if cost.runtime == "torch" else f" in {cost.runtime}"),
+            size(cost.weight_bytes),
+            size(cost.peak_bytes),
+            f"{1000 * cost.first_token_seconds:.0f} ms",
+            f"{cost.prompt_rate:.1f} ({cost.prompt_ratio:.2f})",
+            f"{cost.generation_rate:.1f} ({cost.generation_ratio:.2f})",
+            *([_optional(cost.perplexity, ".3f"), _optional(cost.kld_mean, ".5f")] if measured else []),
+        ]
+        for cost in costs
+    ]
+    return Table([*columns, *(["perplexity", "KLD"] if measured else [])], rows)
+
+
+def targets_table(found: Recommendation) -> Table:
+    """Return what is best on every target."""
+
+    def told(name: str, row: Choice | None) -> list[str]:
+        place = [name, f"{TARGETS[name].about}, {TARGETS[name].runtime}"]
+        if row is None:
+            return [*place, "nothing fits", "", "", "", "", ""]
+        return [*place, row.recipe, row.format, size(row.file_bytes), size(row.total_bytes), *_rate_and_kld(row)]
+
+    columns = ("target", "device", "recipe", "format", "file", "memory", "tokens/s", "KLD")
+    return Table(columns, [told(name, found.best(name)) for name in found.rows], 4)
+
+
+def target_table(rows: Iterable[Choice]) -> Table:
+    """Return a line for every recipe on a target."""
+    columns = ("recipe", "format", "bpw", "file", "keys, values", "runtime", "memory", "tokens/s", "KLD")
+    cells = [
+        [
+            *(row.recipe, row.format, f"{row.bits_per_weight:.2f}"),
+            *map(size, (row.file_bytes, row.cache_bytes, row.runtime_bytes, row.total_bytes)),
+            *_rate_and_kld(row),
+        ]
+        for row in rows
+    ]
+    return Table(columns, cells)
+
+
+def _rate_and_kld(row: Choice) -> list[str]:
+    return [f"{row.rate:.1f}", _optional(row.kld, ".5f")]
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return a line for the linears that are treated alike: how many, and how."""
+    groups: Counter[tuple[str, ...]] = Counter()
+    for linear in plan.linears:
+        if linear.grid is None or linear.choice is None:
+            groups["float", "", "float", str(8 * linear.dtype.itemsize)] += 1
+        else:
+            grid = f"{linear.choice.grid} {linear.choice.grid_config}"
+            inputs = linear.activations.label if linear.activations else "float"
+            groups[grid, f"{linear.choice.algorithm}", inputs, f"{linear.grid.bits_per_weight:.4f}"] += 1
+    columns = ("linears", "grid", "algorithm", "activations", "bits per weight")
+    return Table(columns, [[str(count), *group] for group, count in groups.items()], 4)
+
+
+def inspection_table(described: Mapping[str, Any]) -> Table:
+    """Return a line for every tensor of what ``packed.describe`` tells."""
+    tensors = described["tensors"].items()
+    rows = [[name, x["dtype"], " x ".join(map(str, x["shape"])), f"{x['bytes']:,}"] for name, x in tensors]
+    return Table(("tensor", "type", "shape", "bytes"), rows, 3)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 2) -> str:
+    """Return a Markdown table; the first columns are text, the others numbers."""
+    lines = [columns, ["---" if i < texts else "--:" for i in range(len(columns))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -91,7 +200,7 @@ def comparison(rows: Sequence[Row], model: str) -> str:
         [
             f"# {model}, quantized",
             "",
-            markdown(COLUMNS, map(cells, rows)),
+            figures(rows).markdown(),
             "",
             *(f"Perplexity protocol: {protocol}." for protocol in protocols),
             "",
@@ -104,15 +213,15 @@ def comparison(rows: Sequence[Row], model: str) -> str:
     )
 
 
-def sensitivity_table(found: Sensitivity) -> tuple[list[str], list[list[str]]]:
-    """Return columns, and a line for every unit: name, weights, the divergence on every grid and its standard error."""
+def sensitivity_table(found: Sensitivity) -> Table:
+    """Return a line for every unit: name, weights, the divergence on every grid and its standard error."""
 
     def told(result: Measured | None) -> str:
         return "" if result is None else f"{result.kld:.6f} ± {result.kld_error:.6f}"
 
     table = found.table()
     rows = [[u.name, f"{u.weights:,}", *(told(table[u.name].get(grid)) for grid in found.grids)] for u in found.units]
-    return ["unit", "weights", *(f"KLD {grid}" for grid in found.grids)], rows
+    return Table(["unit", "weights", *(f"KLD {grid}" for grid in found.grids)], rows, 1)
 
 
 def sensitivity(found: Sensitivity) -> str:
@@ -121,7 +230,7 @@ def sensitivity(found: Sensitivity) -> str:
         [
             f"# What each {found.by} of {found.model} does alone, quantized as {found.recipe} does",
             "",
-            markdown(*sensitivity_table(found)),
+            sensitivity_table(found).markdown(),
             "",
             f"KLD: mean KL divergence of the whole model's predictions from the float model's, in nats a token, all "
             f"other weights being float. {found.protocol}.",
@@ -135,6 +244,7 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
 
     inherited: front matter of the float model's card, of which licence and language are carried over.
     """
+    base = origin(base)
     method = plugins.load("exporters", format_, "format").METHOD
     bits = {round(r["bits_per_weight"], 3) for r in report.linears.values()}
     front = {
@@ -158,7 +268,9 @@ def model_card(report: Report, rows: Sequence[Row], format_: str, base: str, inh
         "",
     ]
     if rows:
-        lines += [markdown(COLUMNS, map(cells, rows)), "", f"Protocol: {rows[0].protocol}.", ""]
+        lines += [figures(rows).markdown(), "", f"Protocol: {rows[0].protocol}.", ""]
+    if report.training:
+        lines += [f"{training_line(report.training)}.", ""]
     lines += [*(f"- {line}" for line in allocation_lines(report)), "", *noise_table(report, format_), ""]
     if report.calibration:
         c = report.calibration
@@ -224,6 +336,14 @@ def noise_table(report: Report, format_: str) -> list[str]:
 
 def _mean(values: Sequence[float], form: str) -> str:
     return format(sum(values) / len(values), form) if values else ""
+
+
+def training_line(training: Mapping[str, Any]) -> str:
+    """Return what training has gained."""
+    return (
+        f"Trained for {training['step']} steps: KLD on held-out text {training['held_out'][0][1]:.5f} before, "
+        f"{training['best']:.5f} at the best step"
+    )
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -439,29 +439,50 @@ def square_means(
     return found
 
 
-def reopen_work(folder: Path, recipe_formats: Sequence[str]) -> tuple[Plan, Checkpoint, Any, work.Work]:
-    """Return what a finished work folder was made from, to export it again without calibration."""
+def export_again(
+    folder: Path, formats: Sequence[str], out: Path, progress: Progress = silent, verify: bool = True
+) -> Report:
+    """Write a finished work folder in other formats, without calibrating again; return the report.
+
+    out, verify: as for ``quantize``.
+    """
+    meter = memory.Meter(torch.device("cpu"))
+    check_output(out)
     note = work.read_note(folder)
-    recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(recipe_formats)}, "")
+    recipe_ = plugins.validate(recipe.Recipe, note["recipe"] | {"formats": list(formats)}, "")
     stream = open_stream(note["model"]["folder"], recipe_)
     model = work.fingerprint_of_model(stream.checkpoint)
     work.check_same(folder, {"model": note["model"]}, {"model": model}, "or quantize the model anew.")
     plan = plan_for(stream, recipe_)
-    log = work.Work(folder, note)
+    with closing(work.Work(folder, note)) as log:
+        _check_finished(plan, log)
+        plan = plan.without(log.given_up())
+        checkpoint = work.Transformed(stream.checkpoint, log, plan.float_parts)
+        of = stream.checkpoint.folder, plan, checkpoint, log, stream.config
+        report = _written(*of, None, out, plan.layers, progress, verify)
+        if recipe_.trains_model:
+            report.training = training.outcome(log)
+    report.machine = machine(torch.device("cpu"))
+    report.seconds = meter.seconds
+    report.peak_rss_bytes = meter.peak_rss_bytes
+    return report
+
+
+def _check_finished(plan: Plan, log: work.Work) -> None:
+    """Raise CheckpointError for a work folder that lacks something."""
     # a layer of which nothing is quantized may have no file
     missing = [part for part in plan.parts if not log.has(part)]
     if missing:
         what = missing[0] if isinstance(missing[0], str) else f"layer {missing[0]} of {plan.layers}"
         raise CheckpointError(
-            f"{folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work {folder} "
-            "to go on."
+            f"{log.folder}: {what} is not finished. Run `llmquant quantize` with the same settings and --work "
+            f"{log.folder} to go on."
         )
-    if recipe_.trains_model and not training.finished(log):
+    if plan.recipe.trains_model and not training.finished(log):
         raise CheckpointError(
-            f"{folder}: its training is not finished. Run the same `llmquant train` with --work {folder} to go on."
+            f"{log.folder}: its training is not finished. Run the same `llmquant train` with --work {log.folder} to "
+            "go on."
         )
-    plan = plan.without(log.given_up())
-    return plan, work.Transformed(stream.checkpoint, log, plan.float_parts), stream.config, log
 
 
 def fingerprint(

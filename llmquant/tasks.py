@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmquant import answers, decoded, items
+from llmquant import answers, inference, items
 from llmquant.answers import Answers, TaskRow
 from llmquant.errors import DataError, LlmquantError
 from llmquant.progress import Progress, silent
@@ -46,7 +46,8 @@ def measure(
     rows: list[TaskRow] = []
     theirs: dict[tuple[str, tuple[str, ...]], Answers] = {}
     for path in every:
-        model, tokenizer = decoded.load(path, device, trust_remote_code)
+        model = inference.load(path, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = inference.load_tokenizer(path, trust_remote_code)
         asked = items.Asked(model, tokenizer)
         found = [one for name, some in questions.items() for one in items.ask(asked, some, name, progress)]
         if harness is not None:

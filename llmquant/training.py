@@ -158,6 +158,13 @@ def train(
         parts.setdefault(part, {})[name] = value
     for part, tensors in parts.items():
         log.replace(part, tensors)
+    return outcome(log)
+
+
+def outcome(log: work.Work) -> dict[str, Any]:
+    """Return what a report should tell of the training in a work folder."""
+    found = log.training()
+    assert found is not None
     try:
         return {key: found[1][key] for key in ("step", "best", "losses", "held_out", "seconds")}
     except KeyError as error:

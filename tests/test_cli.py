@@ -246,3 +246,27 @@ def test_a_user_error_from_the_installed_program_is_no_traceback(tmp_path):
     assert done.returncode == 2
     assert "there is no such folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("llmquant quantize model gptq-q4", {"gptq-q4_k_m"}),
+        ("llmquant compare model rtn-w4g128 nf", {"nf4"}),
+        ("llmquant export work --format comp", {"compressed_tensors"}),
+        ("llmquant recommend model --target raspb", {"raspberry-pi-5"}),
+        ("llmquant qua", {"quantize"}),
+    ],
+)
+def test_a_shell_completes_commands_recipes_formats_and_targets(typed, wanted):
+    asked = {"_LLMQUANT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'llmquant'; from llmquant.cli import main; main()"],
+        env=ENVIRONMENT | asked, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == wanted, done.stderr
+
+
+def test_what_a_shell_asks_while_the_user_types_imports_nothing_slow():
+    check = "import sys, llmquant.cli; sys.exit({'torch', 'transformers', 'pydantic'} & set(sys.modules) != set())"
+    assert subprocess.run([sys.executable, "-c", check], env=ENVIRONMENT, timeout=60, check=False).returncode == 0

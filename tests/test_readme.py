@@ -29,8 +29,11 @@ def test_the_commands_run(llama, calibrated, texts, tmp_path, monkeypatch):
     small = [c for c in calibrated if "path" not in c]  # the models of the tests are narrower than a group of 128
     for command in commands:
         words = shlex.split(command.replace("org/model", str(llama)))
-        if words[1] in ("plan", "quantize", "compare"):
-            words += [x for c in small if "gguf" not in command or "grid" not in c for x in ("--set", c)]
+        if words[1] in ("plan", "quantize", "compare", "train"):
+            mixture = "gguf" in command or "_k_" in command
+            words += [x for c in small if not (mixture and "grid" in c) for x in ("--set", c)]
+        if words[1] == "train":
+            words += ["--steps", "4"]
         if words[1] == "imatrix":
             words += ["--sequences", "16", "--length", "128"]
         if words[1] == "sensitivity":

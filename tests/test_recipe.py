@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llmquant import plugins, recipe
+from llmquant import plugins, recipe, shipped
 from llmquant.errors import RecipeError
 from llmquant.recipe import Recipe, matches
 
@@ -28,7 +28,7 @@ def load(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", recipe.shipped())
+@pytest.mark.parametrize("name", shipped.recipes())
 def test_every_shipped_recipe_loads_and_explains_itself(name):
     loaded = recipe.load(name)
     assert loaded.name == name
@@ -38,7 +38,7 @@ def test_every_shipped_recipe_loads_and_explains_itself(name):
     assert (loaded.choose("lm_head", type_, head=True) is None) == (loaded.mixture is None)
 
 
-@pytest.mark.parametrize("name", [*recipe.shipped(), "mine"])
+@pytest.mark.parametrize("name", [*shipped.recipes(), "mine"])
 def test_a_dumped_recipe_reads_back_the_same(load, name):
     loaded = load() if name == "mine" else recipe.load(name)
     again = load(recipe.dump(loaded))
@@ -246,7 +246,6 @@ def test_the_shipped_recipes_are_what_the_accuracy_study_measures(monkeypatch):
         found = recipe.load(name, [*text, *changes])
         return found.algorithm, found.transforms, found.mismatch_correction, found.learned_rounding, found.rotations
 
-    shipped = recipe.shipped()
     for format_ in (*accuracy.MIXTURES, *accuracy.AFFINE):
         options = {name: [c for c in found if c != "--set"] for name, found in accuracy.VARIANTS.items()}
         plain = f"gguf-{format_}" if format_ in accuracy.MIXTURES else "rtn-w4g128"
@@ -259,4 +258,4 @@ def test_the_shipped_recipes_are_what_the_accuracy_study_measures(monkeypatch):
                 assert (grid["bits"], grid["group_size"], grid["symmetric"]) == (bits, group, symmetric)
     assert method("gguf-auto") == method("gptq-q4_k_m")
     assert method("gptq-plain-w4g128")[0] == {"name": "gptq", "actorder": True}
-    assert {f"gptq-{format_}" for format_ in accuracy.MIXTURES} <= set(shipped)
+    assert {f"gptq-{format_}" for format_ in accuracy.MIXTURES} <= shipped.recipes().keys()

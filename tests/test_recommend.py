@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from llmquant import api, recipe
+from llmquant import api, recipe, shipped
 from llmquant.demo import MODEL
 from llmquant.errors import DataError, PlanError, RecipeError
 from llmquant.recommend import cache_bytes
@@ -38,8 +38,8 @@ def found(wide):
 def few(monkeypatch):
     """Few recipes, as all take seconds to size."""
     names = ("gguf-q8_0", "gguf-q4_k_s", "gguf-q2_k", "gguf-q2_k_s", "gptq-q4_k_m", "fp8", "gptq-w4g128")
-    shipped = {name: path for name, path in recipe.shipped().items() if name in names}
-    monkeypatch.setattr(recipe, "shipped", lambda: shipped)
+    some = {name: path for name, path in shipped.recipes().items() if name in names}
+    monkeypatch.setattr(shipped, "recipes", lambda: some)
 
 
 def test_the_sizes_are_those_of_the_written_files_to_the_byte(found, wide, tmp_path):
@@ -178,7 +178,7 @@ def test_every_figure_of_a_target_has_a_source():
 def test_every_shipped_recipe_is_sized_or_refused_with_a_reason(found):
     sized = {row.recipe for rows in found.rows.values() for row in rows}
     assert not found.refused
-    assert sized <= recipe.shipped().keys()
+    assert sized <= shipped.recipes().keys()
 
 
 def test_no_weights_are_read(few, wide, tmp_path):

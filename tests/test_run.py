@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant import api, demo, evaluation, footprint, gradients, plugins, recipe, run, stats, stream, work
+from llmquant import api, demo, evaluation, footprint, gradients, hub, plugins, recipe, run, stats, stream, work
 from llmquant import plan as planning
 from llmquant.errors import CheckpointError, LlmquantError, OutputError, PlanError, RecipeError
 from llmquant.packed import open_model
@@ -145,6 +145,18 @@ def test_exporting_again_equals_quantizing_to_that_format(llama, calibrated, tmp
     direct = recipe.load("gptq-plain-w4g128", [*calibrated, "formats=[compressed_tensors]"])
     run.quantize(llama, direct, tmp_path / "direct")
     assert files(tmp_path / "again") == files(tmp_path / "direct")
+
+
+def test_what_is_exported_again_has_its_reports_and_may_be_uploaded(llama, calibrated, tmp_path):
+    first = api.quantize(
+        llama, "gptq-plain-w4g128", tmp_path / "gptq", changes=calibrated, work=tmp_path / "work", evaluate=False
+    )
+    again = api.export(tmp_path / "work", ["compressed_tensors"], tmp_path / "again", command="llmquant export")
+    told = json.loads((tmp_path / "again" / run.REPORT).read_text("utf-8"))
+    assert told == json.loads(json.dumps(again.as_dict()))
+    assert told["linears"] == json.loads(json.dumps(first.linears))
+    assert told["command"] == "llmquant export"
+    assert {"README.md", "report.html", "model.safetensors"} <= {*hub.check(tmp_path / "again")}
 
 
 @pytest.mark.parametrize("name", ["rtn-w4g128", "gptq-plain-w4g128"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmquant import api, decoded, items, tasks
+from llmquant import api, inference, items, tasks
 from llmquant.errors import DataError, LlmquantError
 from tests.test_cli import command as command
 
@@ -79,7 +79,7 @@ def test_lm_evaluation_harness_gives_the_same_figures_for_a_folder_and_a_gguf_fi
 
 
 def test_a_choice_is_the_one_with_the_largest_likelihood_token_by_token(models):
-    model, tokenizer = decoded.load(models["float"], "cpu")
+    model, tokenizer = inference.load(models["float"]), inference.load_tokenizer(models["float"])
     asked = items.Asked(model, tokenizer)
     for row in CHOICES[:4]:
         sums = []
@@ -93,7 +93,7 @@ def test_a_choice_is_the_one_with_the_largest_likelihood_token_by_token(models):
 
 
 def test_what_is_written_is_what_transformers_generates(models):
-    model, tokenizer = decoded.load(models["gguf"], "cpu")
+    model, tokenizer = inference.load(models["gguf"]), inference.load_tokenizer(models["gguf"])
     ids = tokenizer("Question: why?\nAnswer:", return_tensors="pt")
     out = model.generate(**ids, do_sample=False, max_new_tokens=items.NEW_TOKENS, pad_token_id=0)
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

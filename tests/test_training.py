@@ -58,6 +58,10 @@ def test_what_the_student_computes_is_what_transformers_reads_from_the_file(llam
     with torch.no_grad():
         found = distillation.divergence(model(tokens).logits, teacher(tokens).logits)
     assert float(found) == pytest.approx(report.training["best"], rel=1e-4)
+    for file in ("README.md", "report.html"):
+        assert f"Trained for 10 steps: KLD on held-out text {report.training['held_out'][0][1]:.5f} before" in (
+            (tmp_path / "out" / file).read_text("utf-8")
+        )
     norms = [name for name in checkpoint.infos if name.endswith("norm.weight")]
     assert any(not torch.equal(checkpoint.read(n), open_model(llama).read(n)) for n in norms)
 
@@ -251,7 +255,7 @@ def test_the_command_trains_and_tells_what_it_gained(llama, calibrated, tmp_path
     ]
     result = CliRunner().invoke(cli.app, [*map(str, arguments), *changes])
     assert result.exit_code == 0, result.output
-    assert "trained 6 steps: KLD on held-out text" in result.output
+    assert "Trained for 6 steps: KLD on held-out text" in result.output
     assert read_json(tmp_path / "facts.json")["training"]["step"] == 6
 
 
@@ -295,7 +299,11 @@ def test_two_trainings_in_one_process_may_differ_in_their_precision(llama, calib
 
 def test_two_processes_train_what_one_does(llama, calibrated, tmp_path):
     changes = [*calibrated, *W2, *settings(6, precision="float32")]
-    told = end(begin(2, *command(llama, "rtn-w4g128", changes, tmp_path / "together")))
+    typed = [
+        "train",
+        *(x for x in command(llama, "rtn-w4g128", changes, tmp_path / "together")[1:] if x != "--no-eval"),
+    ]
+    told = end(begin(2, *typed))
     assert [code for code, _, _ in told] == [0, 0], told
     report = api.quantize(llama, "rtn-w4g128", tmp_path / "alone", changes=changes, evaluate=False)
     ours, theirs = (open_model(tmp_path / name) for name in ("alone", "together"))
