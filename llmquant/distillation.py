@@ -92,6 +92,5 @@ def divergence(
     student: Float[Tensor, "*tokens vocab"], teacher: Float[Tensor, "*tokens vocab"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """Return the mean of KL(teacher || student) over all tokens, in nats, of logits divided by a temperature."""
-    log_p = (student.float() / temperature).log_softmax(-1)
-    log_q = (teacher.float() / temperature).log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    log_p, log_q = ((logits.float() / temperature).log_softmax(-1).flatten(0, -2) for logits in (student, teacher))
+    return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

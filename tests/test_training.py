@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llmquant import api, cli, data, demo, distillation, evaluation, recipe, run, training
-from llmquant.distillation import Predictions, Training
 from llmquant.errors import CheckpointError, DataError, NumericsError, RecipeError
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
@@ -215,22 +214,6 @@ def test_a_training_that_leaves_the_numbers_is_stopped(llama, calibrated, tmp_pa
     monkeypatch.setattr(training, "divergence", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(NumericsError, match=r"after step 0 .* smaller training.rate"):
         api.train(llama, "rtn-w4g128", tmp_path / "out", changes=[*calibrated, *settings(2)])
-
-
-def test_the_loss_is_the_sum_of_its_parts():
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.randn(2, 5, 11, generator=generator, dtype=torch.float64) for _ in range(2))
-    read, aim = (torch.randn(2, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    tokens = torch.randint(11, (2, 5), generator=generator)
-    chosen = Training(temperature=2.0, language=0.25, hidden=0.5)
-    found = distillation.loss(
-        Predictions(ours.float(), read.float()), Predictions(theirs.float(), aim.float()), tokens, chosen
-    )
-    p, q = (ours / 2).softmax(-1), (theirs / 2).softmax(-1)
-    kl = (q * (q / p).log()).sum(-1).mean()
-    text = -ours.softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).log().mean()
-    wrong = ((read - aim).norm(dim=-1) / aim.norm(dim=-1)).square().mean()
-    assert float(found) == pytest.approx(float(0.75 * 4 * kl + 0.25 * text + 0.5 * wrong), rel=1e-5)
 
 
 def test_every_sequence_is_trained_on_once_before_any_is_again():
