@@ -25,6 +25,7 @@ def test_the_commands_run(llama, calibrated, texts, tmp_path, monkeypatch):
     shutil.copy(texts / "evaluation.txt", "test.txt")
     Path("items.jsonl").write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n', "utf-8")
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("llmquant ")]
+    commands = [command for command in commands if not command.endswith("\\")]  # in test_example_plugin.py
     assert len(commands) >= 7
     small = [c for c in calibrated if "path" not in c]  # the models of the tests are narrower than a group of 128
     for command in commands:
@@ -57,7 +58,7 @@ def test_the_python_runs(llama, calibrated, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(texts / "calibration.txt", "text.txt")
     shutil.copy(texts / "evaluation.txt", "test.txt")
-    (code,) = blocks("python")
+    (code,) = (block for block in blocks("python") if block.startswith("import llmquant\n"))
     small = [c for c in calibrated if "path" not in c]
     code = code.replace('"calibration.path=text.txt"', f'"calibration.path=text.txt", *{small!r}')
     names = {}
