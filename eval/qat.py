@@ -1,0 +1,137 @@
+"""What does quantization-aware training gain over what a recipe finds without, and in how much time?
+
+    python eval/qat.py MODEL --calib FILE --text FILE --out results.md [--recipes NAME ...] [--set training.steps=N]
+
+Each recipe quantizes the model, by `llmquant quantize` and by `llmquant train`, in a process each; seconds are those of
+whole processes. Both files are measured on --text, decoded and, if they are GGUF files, run by llama.cpp. With --kills
+the training is done once more, gets SIGKILL so often at random moments, and has to end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accuracy_report import without_folders
+from checkout import commit
+from splits import check_disjoint
+
+from llmquant import evaluation
+from llmquant.checkpoint import read_json
+from llmquant.packed import open_model
+from llmquant.protocols import Windows
+from llmquant.report import Table, size
+from llmquant.run import REPORT
+
+COLUMNS = ("recipe", "weights", "size", "perplexity", "KLD", "run by llama.cpp", "seconds", "steps")
+KILLED_WITHIN = 300.0  # seconds after which a run is killed, at most
+
+
+def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command that writes "out" in a folder; changes of the training are for "train" alone."""
+    changes = [f"calibration.path={args.calib.absolute()}", f"calibration.sequences={args.sequences}"]
+    changes += [f"calibration.length={args.length}"]
+    changes += [change for change in args.set if verb == "train" or not change.startswith("training.")]
+    words = [sys.executable, "-m", "llmquant", verb, str(args.model.absolute()), recipe, "--out", str(folder / "out")]
+    words += ["--no-eval"] if verb == "quantize" else ["--text", str(args.text.absolute())]
+    return [*words, *(word for change in changes for word in ("--set", change))]
+
+
+def run(words: list[str], threads: int, kills: int = 0) -> float:
+    """Run a command that goes on after it was killed; return the seconds of all its runs."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    started, moments = time.monotonic(), random.Random(0)
+    for i in range(kills + 1):
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait(moments.uniform(10, KILLED_WITHIN) if i < kills else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            continue
+        if code:
+            sys.exit(f"{' '.join(words)}: exit code {code}")
+        break
+    return time.monotonic() - started
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files that hold weights."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")}
+
+
+def measured(recipe: str, out: Path, seconds: float, windows: Windows, reference: evaluation.Reference) -> list[str]:
+    """Return the row of a written folder."""
+
+    def divergence(runtime: evaluation.Runtime) -> tuple[evaluation.Row, str]:
+        row = evaluation.evaluate(out, windows, reference, recipe, runtime=runtime)
+        return row, f"{row.kld_mean:.5f} ± {row.kld_error:.5f}"
+
+    row, decoded = divergence("torch")
+    program = divergence("llama.cpp")[1] if open_model(out).format == "gguf" else ""
+    training = read_json(out / REPORT, "llmquant wrote it").get("training")
+    weights, steps = ("trained", str(training["step"])) if training else ("quantized", "")
+    return [recipe, weights, size(row.bytes), f"{row.perplexity:.3f}", decoded, program, f"{seconds:.0f}", steps]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate and to train on")
+    parser.add_argument("--text", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--recipes", nargs="+", default=["gptq-w2g64", "gptq-q2_k"])
+    parser.add_argument(
+        "--set", action="append", default=[], help="a change of the recipes, such as training.steps=1000"
+    )
+    parser.add_argument("--sequences", type=int, default=64, help="to calibrate on")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--max-tokens", type=int, default=16384)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    check_disjoint({"--calib": args.calib, "--text": args.text})
+    torch.set_num_threads(args.threads)
+    windows = evaluation.read_windows(args.model, args.text, "llama.cpp", args.max_tokens)
+    reference = evaluation.Reference(args.model)
+    floats = evaluation.evaluate(args.model, windows, reference)
+    rows, notes = [["", "float", size(floats.bytes), f"{floats.perplexity:.3f}", "", "", "", ""]], []
+    for recipe in args.recipes:
+        with tempfile.TemporaryDirectory() as place:
+            whole, killed = Path(place) / "whole", Path(place) / "killed"
+            for verb in ("quantize", "train"):
+                seconds = run(command(verb, recipe, whole / verb, args), args.threads)
+                rows.append(measured(recipe, whole / verb / "out", seconds, windows, reference))
+                print(*rows[-1], sep="\t", flush=True)
+            if args.kills:
+                run(command("train", recipe, killed, args), args.threads, args.kills)
+                same = contents(whole / "train" / "out") == contents(killed / "out")
+                notes.append(f"{recipe}: killed {args.kills} times, its bytes are {'the same' if same else 'others'}.")
+                print(notes[-1], flush=True)
+    lines = [
+        "# Quantization-aware training",
+        "",
+        f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads. Trained on {args.calib.name} but "
+        f"for what is held out, calibrated on {args.sequences} sequences of {args.length} tokens of it. KLD: mean, "
+        f"from the float model, nats a token. Protocol: {windows.label}.",
+        "",
+        f"    {without_folders(' '.join(sys.argv))}",
+        "",
+        Table(COLUMNS, rows).markdown(),
+        "",
+        *notes,
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
