@@ -76,14 +76,19 @@ VARIANTS = {
     "rounding": ["--set", "algorithm={name: rtn}", "--set", "imatrix=$imatrix"],
     "gptq": ["--set", "algorithm={name: gptq, actorder: true}"],
     "default": DEFAULT,
-    "best": [*DEFAULT, "--set", "algorithm.refit=true", "--set", "learned_rounding={}"],
+    "best": [
+        *DEFAULT,
+        *("--set", "transforms=[{name: awq, clip: false$inputs}]"),
+        *("--set", "algorithm.refit=true", "--set", "learned_rounding={}"),
+    ],
     "auto": [*DEFAULT, "--budget-like", "$format", "--select", "$select"],
 }
 """A name -> options of `llmquant quantize` for a recipe of nothing but a format and the calibration text.
 
 $imatrix: the file that llama-quantize gets, or null for formats other than GGUF. $select: the text to choose on.
-$format: "q4_k_m", "w4g128".
+$format: "q4_k_m", "w4g128". $inputs: of INPUTS where llama.cpp rounds the activations, else nothing.
 """
+INPUTS = ", inputs: 4.0"
 TOKENS = "tokens.safetensors"
 LLAMA_QUANTIZE = ("llama-quantize", BASELINE)
 PEERS = {"gptqmodel": GPTQMODEL, "llmcompressor": LLMCOMPRESSOR, "auto-round": AUTOROUND}
@@ -262,11 +267,12 @@ def ours(
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(yaml.safe_dump(base | {"calibration": text}, sort_keys=False), "utf-8")
     imatrix = "null" if kind == "affine" else str(prepared.imatrix)
+    given = {"imatrix": imatrix, "select": args.select, "format": name, "inputs": "" if kind == "affine" else INPUTS}
     for variant in args.ours:
         known, *more = variant.split("+")
         if known == "auto" and kind != "mixture":
             continue
-        options = [Template(x).substitute(imatrix=imatrix, select=args.select, format=name) for x in VARIANTS[known]]
+        options = [Template(x).substitute(given) for x in VARIANTS[known]]
         options += [word for change in more for word in ("--set", change)]
         out = folder / f"{kind}-{name}-llmquant-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
         command = [sys.executable, "-m", "llmquant", "quantize", str(prepared.model), str(recipe), *options]

@@ -20,8 +20,6 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +29,14 @@ from accuracy_report import without_folders
 from checkout import commit
 from outliers import write_outliers
 from splits import check_disjoint
-from torch import Tensor
 
-from llmquant import evaluation, layers, recipe, run
+from llmquant import evaluation, recipe, run
 from llmquant.report import markdown
-from llmquant.transform import SiteView
 
-BLOCK, TOP = 256, 127  # of llama.cpp's Q8_K: values with one scale, the largest code
-SCALES: dict[str, float | None] = {"none": None, "AWQ": 0.0, "AWQ, rounding x 1": 1.0, "AWQ, rounding x 4": 4.0}
-"""What a row is called -> how many times the rounding of activations counts; None: no scales."""
+SCALES = {"none": "[]", "AWQ": "[{name: awq, clip: false}]"}
+SCALES |= {f"AWQ, inputs: {n}": f"[{{name: awq, clip: false, inputs: {n}}}]" for n in (1, 4)}
+"""What a row is called -> its transforms."""
 COLUMNS = ("scales", "decoded", "run by llama.cpp", "floor")
-
-
-class Counting(SiteView):
-    """A site whose losses count what rounding its activations costs at the outputs, too."""
-
-    times = 0.0
-
-    def rounding_loss(self, costs: Sequence[Tensor | None], factors: Tensor | None = None) -> float:
-        counted = 0.0 if factors is not None else self.times * self._activations()  # then the scaled site counts it
-        return super().rounding_loss(costs, factors) + counted
-
-    def error(self) -> float:
-        return super().error() + self.times * self._activations()
-
-    def _activations(self) -> float:
-        """Return the mean squared error of the outputs, summed: codes of a block are off by step² / 12 on average."""
-        blocks = self.sample.view(len(self.sample), -1, BLOCK)
-        squares = (blocks.abs().amax(2) / TOP).square().mean(0) / 12
-        rounded = [w for w, rounding in zip(self.weights, self.roundings, strict=True) if rounding is not None]
-        return sum(float((w.view(len(w), -1, BLOCK).square().sum((0, 2)) * squares).sum()) for w in rounded)
-
-
-@contextmanager
-def counting(times: float) -> Iterator[None]:
-    """While active, transforms search on sites whose losses count the rounding of activations so many times."""
-    before = layers.SiteView
-    Counting.times, layers.SiteView = times, Counting
-    try:
-        yield
-    finally:
-        layers.SiteView = before
 
 
 def earlier(path: Path, model: str, about: dict[str, Any]) -> dict[str, Any]:
@@ -138,13 +103,10 @@ def main() -> None:
             model = Path(folder) / "model"
             write_outliers(args.model, model)
         reference = evaluation.Reference(model)
-        for scales, times in SCALES.items():
-            changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2]]
-            if times is None:
-                changes.append("transforms=[]")
+        for scales, transforms in SCALES.items():
+            changes = [text, f"mixture.name={args.mixture}", *DEFAULT[1::2], f"transforms={transforms}"]
             out = Path(folder) / scales
-            with counting(times or 0.0):
-                run.quantize(model, recipe.load("gptq-q4_k_m", changes), out)
+            run.quantize(model, recipe.load("gptq-q4_k_m", changes), out)
             (file,) = out.glob("*.gguf")
             decoded, as_run = (
                 evaluation.evaluate(file, windows, reference, runtime=how).kld_mean for how in ("torch", "llama.cpp")

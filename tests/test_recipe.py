@@ -1,5 +1,6 @@
 import importlib
 from pathlib import Path
+from string import Template
 
 import pytest
 
@@ -247,7 +248,11 @@ def test_the_shipped_recipes_are_what_the_accuracy_study_measures(monkeypatch):
         return found.algorithm, found.transforms, found.mismatch_correction, found.learned_rounding, found.rotations
 
     for format_ in (*accuracy.MIXTURES, *accuracy.AFFINE):
-        options = {name: [c for c in found if c != "--set"] for name, found in accuracy.VARIANTS.items()}
+        inputs = "" if format_ in accuracy.AFFINE else accuracy.INPUTS
+        options = {
+            name: [Template(c).safe_substitute(inputs=inputs) for c in found if c != "--set"]
+            for name, found in accuracy.VARIANTS.items()
+        }
         plain = f"gguf-{format_}" if format_ in accuracy.MIXTURES else "rtn-w4g128"
         assert method(f"gptq-{format_}") == method(plain, options["default"])
         assert method(f"best-{format_}") == method(plain, options["best"])

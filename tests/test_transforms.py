@@ -102,6 +102,36 @@ def test_the_error_is_that_of_the_outputs_on_all_tokens(algorithm):
         assert view.rounding_loss(view.column_costs()) == pytest.approx(view.error(), rel=1e-6)
 
 
+def rounded_to_8_bits(x, span):
+    """Return activations as llama.cpp rounds them: a scale for each span of columns, the largest magnitude at 127."""
+    blocks = x.double().view(len(x), -1, span)
+    step = blocks.abs().amax(2, keepdim=True) / 127
+    return ((blocks / step).round() * step).view(x.shape)
+
+
+def test_the_loss_of_rounded_inputs_is_about_what_it_costs_at_the_outputs():
+    view = site(weight(16), weight(8, 2))
+    x = view.sample
+    wrong = rounded_to_8_bits(x, 32) - x.double()
+    expected = sum(float((wrong @ w.double().T).square().sum()) / len(x) for w in view.weights)
+    assert view.input_loss() == pytest.approx(expected, rel=0.15)
+    factors = x.abs().mean(0).sqrt()
+    assert view.scaled(factors).input_loss() < 0.5 * view.input_loss()
+    float_one = dataclasses.replace(view, roundings=(view.roundings[0], None))
+    assert float_one.input_loss() == pytest.approx(site(view.weights[0]).input_loss())
+
+
+def test_awq_evens_out_inputs_as_far_as_it_is_told_to():
+    view = site(weight(32), algorithm=gptq)
+    found = []
+    for inputs in (0.0, 4.0, 1e6):
+        scaled = view.scaled(awq.search(view, awq.Config(inputs=inputs)).factors)
+        found.append((scaled.rounding_loss(scaled.column_costs()), scaled.input_loss()))
+    (of_weights, _), *_, (more_of_weights, _) = found
+    assert of_weights < more_of_weights
+    assert found[0][1] >= found[1][1] >= found[2][1] < 0.99 * found[0][1]
+
+
 def test_the_costs_of_columns_foretell_how_scales_change_what_gptq_leaves():
     view = site(weight(64), algorithm=gptq)
     costs = view.column_costs()

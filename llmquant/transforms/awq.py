@@ -38,15 +38,20 @@ class Config:
     steps: how many exponents are tried.
     duo: try each exponent with the weights' own magnitude too.
     clip: search how much of each group's largest weights to cut off; not for queries and keys.
+    inputs: how many times the error counts that llama.cpp makes when it rounds the activations to 8 bits, which scales
+        even out, too (``SiteView.input_loss``; eval/results/runtime_floor.md). For GGUF types.
     """
 
     steps: int = 20
     duo: bool = True
     clip: bool = True
+    inputs: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, not positive")
+        if not 0 <= self.inputs < float("inf"):
+            raise ValueError(f"inputs is {self.inputs}, not a number from 0 on")
 
 
 def needs(config: Config) -> Needs:
@@ -57,7 +62,7 @@ def search(site: SiteView, config: Config) -> Scales:
     """Return the candidate whose rounding changes the site's outputs least; all ones where none beats them."""
     best = Scales(torch.ones_like(site.stats.abs_mean), {"exponent": 0.0, "duo": False})
     costs = site.column_costs()
-    unscaled = lowest = site.rounding_loss(costs)
+    unscaled = lowest = site.rounding_loss(costs) + _of_inputs(site, config)
     activations, magnitudes = site.shared(site.stats.abs_mean), site.shared(_magnitudes(site))
     for duo in (False, True) if config.duo else (False,):
         nearest, since = float("inf"), 0
@@ -65,20 +70,29 @@ def search(site: SiteView, config: Config) -> Scales:
             exponent = step / config.steps
             powers = activations.pow(exponent)
             factors = _centred(powers / (magnitudes.pow(1 - exponent) + 1e-4) if duo else powers)
-            loss = site.rounding_loss(costs, factors)
+            loss = site.rounding_loss(costs, factors) + _of_inputs(site, config, factors)
             if loss < lowest:
                 best, lowest = Scales(factors, {"exponent": exponent, "duo": duo}), loss
             nearest, since = (loss, 0) if loss < nearest else (nearest, since + 1)
             if since == PATIENCE:
                 break
-    if bool((best.factors != 1).any()) and site.scaled(best.factors).error() > site.error():
-        best, lowest = Scales(torch.ones_like(best.factors), {"exponent": 0.0, "duo": False}), unscaled
+    if bool((best.factors != 1).any()):
+        scaled, plain = (at.error() + _of_inputs(at, config) for at in (site.scaled(best.factors), site))
+        if scaled > plain:
+            best, lowest = Scales(torch.ones_like(best.factors), {"exponent": 0.0, "duo": False}), unscaled
     return Scales(best.factors, {**best.record, "loss": round(lowest / max(unscaled, 1e-30), 6)})
 
 
 def multiply_adds(rows: int, cols: int, config: Config) -> float:
     """Return about how many of a matrix product take as long as a linear's part of ``search``."""
     return 1.2 * config.steps * min(rows, ROWS) * cols**2
+
+
+def _of_inputs(site: SiteView, config: Config, factors: Float[Tensor, " cols"] | None = None) -> float:
+    """Return what rounding the activations counts for, at columns scaled by ``factors``."""
+    if not config.inputs:
+        return 0.0
+    return config.inputs * (site if factors is None else site.scaled(factors)).input_loss()
 
 
 def _magnitudes(site: SiteView) -> Float[Tensor, " cols"]:
