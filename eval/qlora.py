@@ -147,7 +147,7 @@ def main() -> None:
         "# Fine-tuning on quantized weights",
         "",
         f"Commit {commit()}; {args.model.absolute().name}; {args.steps} steps of 4 sequences of {args.length} tokens "
-        f"of {args.train.name}, an adapter of rank 16 on all linears; calibrated on {args.sequences} such sequences. "
+        f"of {args.train.name}, an adapter of rank 16 on all linears; recipes that calibrate read {args.sequences}. "
         f"Loss in nats a token. Protocol: {windows.label}.",
         "",
         f"    {without_folders(' '.join(sys.argv))}",
