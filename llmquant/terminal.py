@@ -47,7 +47,7 @@ def show(table: reports.Table, breaks: Sequence[str] = ()) -> None:
         shown.add_column(column, justify="left" if i < table.texts else "right", no_wrap=column not in breaks)
     for row in table.rows:
         shown.add_row(*map(escape, row))
-    (out if out.is_terminal else Console(width=max(out.width, WIDE))).print(shown)
+    (out if out.is_terminal else Console(width=max(out.width, WIDE), quiet=out.quiet)).print(shown)
 
 
 def show_figures(rows: Sequence[Row]) -> None:
