@@ -39,6 +39,8 @@ def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> l
     """Return the command that writes "out" in a folder; changes of the training are for "train" alone."""
     changes = [f"calibration.path={args.calib.absolute()}", f"calibration.sequences={args.sequences}"]
     changes += [f"calibration.length={args.length}"]
+    if verb == "train":
+        changes += [f"training.text.path={args.train.absolute()}"] if args.train else []
     changes += [change for change in args.set if verb == "train" or not change.startswith("training.")]
     words = [sys.executable, "-m", "llmquant", verb, str(args.model.absolute()), recipe, "--out", str(folder / "out")]
     words += ["--no-eval"] if verb == "quantize" else ["--text", str(args.text.absolute())]
@@ -85,7 +87,8 @@ def measured(recipe: str, out: Path, seconds: float, windows: Windows, reference
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate and to train on")
+    parser.add_argument("--calib", type=Path, required=True, help="text to calibrate on")
+    parser.add_argument("--train", type=Path, help="text to train on (default: the one of --calib)")
     parser.add_argument("--text", type=Path, required=True, help="text to measure on")
     parser.add_argument("--recipes", nargs="+", default=["gptq-w2g64", "gptq-q2_k"])
     parser.add_argument(
@@ -98,7 +101,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    learned_from = args.train or args.calib
     check_disjoint({"--calib": args.calib, "--text": args.text})
+    check_disjoint({"--train": learned_from, "--text": args.text})
     torch.set_num_threads(args.threads)
     windows = evaluation.read_windows(args.model, args.text, "llama.cpp", args.max_tokens)
     reference = evaluation.Reference(args.model)
@@ -119,8 +124,8 @@ def main() -> None:
     lines = [
         "# Quantization-aware training",
         "",
-        f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads. Trained on {args.calib.name} but "
-        f"for what is held out, calibrated on {args.sequences} sequences of {args.length} tokens of it. KLD: mean, "
+        f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads. Calibrated on {args.sequences} "
+        f"sequences of {args.length} tokens of {args.calib.name}, trained on {learned_from.name} but for what is held out. KLD: mean, "
         f"from the float model, nats a token. Protocol: {windows.label}.",
         "",
         f"    {without_folders(' '.join(sys.argv))}",

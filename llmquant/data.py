@@ -154,7 +154,7 @@ def calibration_tokens(
             + (f", or --set calibration.length={total // source.sequences}" if total >= 16 * source.sequences else "")
             + "."
         )
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
+    order = _order(source, found)
     chosen = found[order[: source.sequences + held_out]]
     return _described(source, chosen[: source.sequences], chosen[source.sequences :], len(found), use_bos)
 
@@ -162,9 +162,9 @@ def calibration_tokens(
 def training_tokens(source: Calibration, tokenizer: Any, context: int, tokens: int) -> CalibrationTokens:
     """Return all sequences of equal length that a text gives but those held out, in the order of the text.
 
-    source: how many sequences it says does not matter. tokens: more than these are not read of a stream. Held out are
-    two times ``HELD_OUT`` sequences from all over the text, or a quarter of a short one. Raises DataError when there
-    are too few.
+    tokens: more than these are not read of a stream. Held out are two times ``HELD_OUT`` sequences from all over the
+    text, or a quarter of a short one: the last that ``calibration_tokens`` would choose, so that what was calibrated on
+    is not among them where a file gives that many more. Raises DataError when there are too few.
     """
     length = source.length or min(context, 2048)
     found, use_bos, total = _sequences(source, tokenizer, context, math.ceil(tokens / length) + 2 * HELD_OUT)
@@ -175,7 +175,7 @@ def training_tokens(source: Calibration, tokenizer: Any, context: int, tokens: i
         )
     count = min(2 * HELD_OUT, len(found) // 4)
     held_out = torch.zeros(len(found), dtype=torch.bool)
-    held_out[torch.linspace(0, len(found) - 1, count).long()] = True
+    held_out[_order(source, found)[-count:]] = True
     return _described(source, found[~held_out], found[held_out], len(found), use_bos)
 
 
@@ -213,6 +213,11 @@ def _sequences(
     if use_bos:
         found = torch.cat([torch.full((len(found), 1), bos, dtype=torch.int64), found], dim=1)
     return found, use_bos, total
+
+
+def _order(source: Calibration, found: Int[Tensor, "sequences length"]) -> Int[Tensor, " sequences"]:
+    """Return the order in which sequences are chosen."""
+    return torch.randperm(len(found), generator=torch.Generator().manual_seed(source.seed))
 
 
 def _described(

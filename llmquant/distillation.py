@@ -31,7 +31,8 @@ class Training(BaseModel):
     tokens: of a step.
     rate: of the weights, in mean steps between two levels, at its highest; it rises and falls to 0 with a cosine.
     scale_rate: of scales and offsets, as a share of what they were.
-    float_rate: of norms and biases, as a share of their size; 0 leaves them alone.
+    float_rate: of what stays float (norms, biases, an embedding that is not quantized), as a share of its size; 0
+        leaves all of it alone.
     temperature: of the distillation.
     language: the share of the language model's own loss, which leads away from the float model.
     hidden: how much the error of what the output matrix reads counts beside that.

@@ -232,7 +232,8 @@ def _training(plan: Plan, computing: Computing, text: Text) -> dict[str, int]:
     length = text.length or 1
     at_once = min(distillation.together(computing.vocabulary, length) * length, max(settings.tokens, length))
     graph = at_once * (TRAINING * plan.layers * width + LOGITS * computing.vocabulary)
-    weights = computing.element * plan.weights + TRAINED * sum(x.weights for x in plan.quantized.values())
+    trained = plan.weights if settings.float_rate else sum(x.weights for x in plan.quantized.values())
+    weights = computing.element * plan.weights + TRAINED * trained
     return {"training": (0 if computing.gpu else RUNTIME + CALIBRATING) + weights + graph}
 
 

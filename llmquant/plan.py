@@ -115,7 +115,8 @@ class Plan:
     @property
     def float_parts(self) -> list[int | str]:
         """The parts with tensors that stay float and may change: the layers, and modules outside of them."""
-        outside = {n.rpartition(".")[0] for n in self.kept if not n.startswith(f"{self.spec.layers}.")}
+        kept = [*self.kept, *(x.weight_name for x in self.linears if x.grid is None)]
+        outside = {n.rpartition(".")[0] for n in kept if not n.startswith(f"{self.spec.layers}.")}
         return [*range(self.layers), *sorted(outside)]
 
     def without(self, reasons: Mapping[str, str]) -> Plan:

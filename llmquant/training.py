@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights, scales and norms, so that the quantized model predicts what the float one does.
+"""Quantization-aware training: weights, scales and what stays float, so that the quantized model predicts what the float one does.
 
 The student computes with what would be stored (``llmquant.fake``), beginning with what the recipe's own algorithms
 found; the teacher is the float model (``llmquant.distillation``). Sequences that no step is taken on tell which step
@@ -40,17 +40,17 @@ WARM = 0.05  # of all steps, in which rates rise
 
 
 class Student(nn.Module):
-    """A model that computes with quantized weights; its parameters are those of them, and its norms and biases.
+    """A model that computes with quantized weights; its parameters are those of them, and those that stay float.
 
-    weights: of the plan's linears that have a grid, in its order. floats: the dtype that a norm or bias is stored in.
+    weights: of the plan's linears that have a grid, in its order. floats: the dtype that such a parameter is stored in.
     """
 
     def __init__(self, stream: Stream, plan: Plan, log: work.Work, floats: bool) -> None:
-        """floats: whether norms and biases are trained."""
+        """floats: whether what stays float is trained."""
         super().__init__()
         self.linears = [x for x in plan.linears if x.grid is not None]
         self.model = stream.load_all(but=[x.weight_name for x in self.linears])
-        head = f"{plan.spec.head}.weight"
+        head, tied = f"{plan.spec.head}.weight", stream.tied and not plan.untie
         if plan.untie and stream.tied:
             own = nn.Parameter(stream.head_weight().clone(), requires_grad=False)
             self.model.get_submodule(plan.spec.head).weight = own
@@ -62,13 +62,14 @@ class Student(nn.Module):
             module.weight = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
             if weight.inputs is not None:
                 module.register_forward_pre_hook(_rounding(weight.inputs))
-            both = linear.lookup and stream.tied and not plan.untie
-            self._places.append((linear.weight_name, head) if both else (linear.weight_name,))
+            self._places.append((linear.weight_name, head) if linear.lookup and tied else (linear.weight_name,))
         self.floats: dict[str, torch.dtype] = {}
         for name, parameter in self.model.named_parameters():
-            if floats and parameter.ndim == 1 and parameter.numel() and name in stream.checkpoint.infos:
+            if floats and parameter.numel() and name in stream.checkpoint.infos:
                 parameter.requires_grad_()
                 self.floats[name] = stream.checkpoint.infos[name].dtype
+        embedding = f"{plan.spec.embed}.weight"
+        self._also = {embedding: head} if tied and embedding in self.floats else {}
 
     def forward(self, tokens: Int[Tensor, "sequences time"], hidden: bool) -> Predictions:
         return self.predict(tokens, hidden)
@@ -83,6 +84,7 @@ class Student(nn.Module):
         for name, dtype in self.floats.items():
             value = self.model.get_parameter(name)
             given[name] = straight(value, value.detach().to(dtype).to(value.dtype))
+        given |= {other: given[name] for name, other in self._also.items()}
         settings = {"input_ids": tokens, "use_cache": False, "output_hidden_states": hidden}
         out = torch.func.functional_call(self.model, given, (), settings, tie_weights=False)
         return Predictions(out.logits, out.hidden_states[-1] if hidden else None)

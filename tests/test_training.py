@@ -65,6 +65,17 @@ def test_what_the_student_computes_is_what_transformers_reads_from_the_file(llam
     assert any(not torch.equal(checkpoint.read(n), open_model(llama).read(n)) for n in norms)
 
 
+def test_what_a_training_is_judged_by_was_not_calibrated_on(llama, calibrated):
+    source = data.Calibration(path=calibrated[0].partition("=")[2], length=64, sequences=100)
+    tokenizer = data.load_tokenizer(llama)
+    text = data.training_tokens(source, tokenizer, 256, 5120)
+    assert text.available >= source.sequences + len(text.held_out)
+    known = {tuple(x) for x in data.calibration_tokens(source, tokenizer, 256, 0).tokens.tolist()}
+    held_out = {tuple(x) for x in text.held_out.tolist()}
+    assert len(held_out) == 2 * data.HELD_OUT
+    assert not held_out & {*known, *(tuple(x) for x in text.tokens.tolist())}
+
+
 @pytest.mark.parametrize("step", [0, 3, 8])
 def test_a_training_that_died_goes_on_and_ends_with_the_same_bytes(step, llama, calibrated, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "KEEP", 0.0)
