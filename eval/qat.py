@@ -1,6 +1,6 @@
 """What does quantization-aware training gain over what a recipe finds without, and in how much time?
 
-    python eval/qat.py MODEL --calib FILE --text FILE --out results.md [--recipes NAME ...] [--set training.steps=N]
+    python eval/qat.py MODEL --calib FILE --text FILE --out results.md [--train FILE] [--recipes NAME ...] [--set KEY=V]
 
 Each recipe quantizes the model, by `llmquant quantize` and by `llmquant train`, in a process each; seconds are those of
 whole processes. Both files are measured on --text, decoded and, if they are GGUF files, run by llama.cpp. With --kills
@@ -125,8 +125,8 @@ def main() -> None:
         "# Quantization-aware training",
         "",
         f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads. Calibrated on {args.sequences} "
-        f"sequences of {args.length} tokens of {args.calib.name}, trained on {learned_from.name} but for what is held out. KLD: mean, "
-        f"from the float model, nats a token. Protocol: {windows.label}.",
+        f"sequences of {args.length} tokens of {args.calib.name}, trained on {learned_from.name} but for what is "
+        f"held out. KLD: mean, from the float model, nats a token. Protocol: {windows.label}.",
         "",
         f"    {without_folders(' '.join(sys.argv))}",
         "",

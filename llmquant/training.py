@@ -1,8 +1,8 @@
-"""Quantization-aware training: weights, scales and what stays float, so that the quantized model predicts what the float one does.
+"""Quantization-aware training, so that the quantized model predicts what the float one does.
 
-The student computes with what would be stored (``llmquant.fake``), beginning with what the recipe's own algorithms
-found; the teacher is the float model (``llmquant.distillation``). Sequences that no step is taken on tell which step
-was the best; that is what is kept.
+Weights, scales and what stays float are trained. The student computes with what would be stored (``llmquant.fake``),
+beginning with what the recipe's own algorithms found; the teacher is the float model (``llmquant.distillation``).
+Sequences that no step is taken on tell which step was the best; that is what is kept.
 
 Whatever leads to the next step is in the work folder, bit by bit: a run that was killed ends as if it had not been.
 """
