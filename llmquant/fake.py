@@ -17,10 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from llmquant import kernels
 from llmquant.grid import Grid, Params, QuantizedTensor, decode, dequantize, encode
+from llmquant.kernels import fake as kernel
 
 
 class FakeQuantized(nn.Module):
@@ -78,15 +80,32 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         weights, codes, scale, offset = ctx.saved_tensors
+        find = kernel.pulled if kernels.suit(weights) else pulled
         table = ctx.grid.table.to(weights)
-        place = (weights - offset) * torch.where(scale == 0, 0.0, 1 / scale)
-        inside = (place >= table[0] - _gap(ctx.grid) / 2) & (place <= table[-1] + _gap(ctx.grid) / 2)
-        level = table[codes.long()]
-        of_scale = _summed(gradient * torch.where(inside, level - place, level), scale)
-        of_offset = _summed(gradient * ~inside, offset)
+        of_weights, of_scale, of_offset = find(table, _gap(ctx.grid), weights, codes, scale, offset, gradient)
         if not _stores_offsets(ctx.grid):  # then an offset is a multiple of its scale
             of_scale = of_scale + of_offset * torch.where(scale == 0, 0.0, offset / scale)
-        return gradient * inside, of_scale, of_offset, None
+        return of_weights, of_scale, of_offset, None
+
+
+def pulled(
+    table: Float[Tensor, " levels"],
+    gap: float,
+    w: Float[Tensor, "*shape"],
+    codes: UInt8[Tensor, "*shape"],
+    scale: Float[Tensor, "*_"],
+    offset: Float[Tensor, "*_"],
+    gradient: Float[Tensor, "*shape"],
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*_"], Float[Tensor, "*_"]]:
+    """Return the gradients of weights, scales and offsets, given that of the weights as they are rounded.
+
+    gap: the mean distance between levels. An offset is taken to be stored apart from its scale.
+    """
+    place = (w - offset) * torch.where(scale == 0, 0.0, 1 / scale)
+    inside = (place >= table[0] - gap / 2) & (place <= table[-1] + gap / 2)
+    level = table[codes.long()]
+    of_scale = gradient * torch.where(inside, level - place, level)
+    return gradient * inside, of_scale.sum_to_size(scale.shape), (gradient * ~inside).sum_to_size(offset.shape)
 
 
 class _Straight(torch.autograd.Function):
@@ -124,7 +143,3 @@ def _stores_offsets(grid: Grid) -> bool:
     scale = torch.ones(2, grid.span // grid.group)
     _, stored = grid.levels(grid.store(scale, -scale.cumsum(0)))
     return not torch.equal(stored[0], stored[1])
-
-
-def _summed(x: Tensor, like: Tensor) -> Tensor:
-    return x.sum_to_size(like.shape)

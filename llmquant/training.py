@@ -210,7 +210,7 @@ class _Trainer:
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
         own.dtype = torch.float32
         self._student = Student(own, plan, log, settings.float_rate > 0)
-        optimizer = torch.optim.AdamW(self._student.groups(settings), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._student.groups(settings), weight_decay=0.0, fused=True)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._computing, self._optimizer = self._accelerator.prepare(self._student, optimizer)
         self._told = _Told()
@@ -322,7 +322,7 @@ class _Trainer:
         if self._told.step:
             for parameter in self._parameters:
                 self._optimizer.state[parameter].update(
-                    step=torch.tensor(0.0),
+                    step=torch.zeros((), device=parameter.device),
                     exp_avg=torch.zeros_like(parameter),
                     exp_avg_sq=torch.zeros_like(parameter),
                 )
@@ -344,7 +344,7 @@ class AdamSteps:
     def __init__(self, done: Mapping[str, QuantizedTensor], settings: Training) -> None:
         self._fakes = {name: FakeQuantized(q) for name, q in done.items()}
         groups = [group for fake in self._fakes.values() for group in _groups(fake, settings)]
-        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
     def weights(self) -> dict[str, Tensor]:

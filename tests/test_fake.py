@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from llmquant.fake import FakeQuantized, straight
-from llmquant.grid import QuantizedTensor, dequantize, encode_all, fit_all
+from llmquant.fake import FakeQuantized, pulled, straight
+from llmquant.grid import QuantizedTensor, dequantize, encode, encode_all, fit_all
 from llmquant.grids import affine, fp8, iq4_nl, iq4_xs, mxfp4, nf4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0
+from llmquant.kernels import fake as kernel
 
 GRIDS = {
     "w2": affine.Config(2, 32),
@@ -95,6 +96,17 @@ def test_gradients_are_those_of_the_formula(symmetric):
         if name == "s" and symmetric:
             continue  # it changes nothing
         torch.testing.assert_close(found.grad.double(), known, rtol=1e-3, atol=1e-3)
+
+
+@every_grid
+def test_compiled_gradients_are_those_of_the_plain_twin(config):
+    fake = FakeQuantized(rounded(config))
+    w = fake.places.detach() * fake.step * 1.3
+    codes = encode(fake.grid, w, fake.scale, fake.offset)
+    table = fake.grid.table
+    given = table, float(table[-1] - table[0]) / (len(table) - 1), w, codes, fake.scale, fake.offset, normal(*w.shape)
+    for found, known in zip(kernel.pulled(*given), pulled(*given), strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
 
 
 def test_straight_gives_one_value_and_the_gradient_of_the_other():
