@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accuracy_report import without_folders
 from checkout import commit
@@ -42,7 +42,9 @@ def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> l
     if verb == "train":
         changes += [f"training.text.path={args.train.absolute()}"] if args.train else []
     changes += [change for change in args.set if verb == "train" or not change.startswith("training.")]
-    words = [sys.executable, "-m", "llmquant", verb, str(args.model.absolute()), recipe, "--out", str(folder / "out")]
+    program = ["torch.distributed.run", "--nproc-per-node", str(args.processes), "-m", "llmquant"]
+    program = program[-1:] if verb != "train" or args.processes == 1 else program
+    words = [sys.executable, "-m", *program, verb, str(args.model.absolute()), recipe, "--out", str(folder / "out")]
     words += ["--no-eval"] if verb == "quantize" else ["--text", str(args.text.absolute())]
     return [*words, *(word for change in changes for word in ("--set", change))]
 
@@ -56,7 +58,8 @@ def run(words: list[str], threads: int, kills: int = 0) -> float:
         try:
             code = process.wait(moments.uniform(10, KILLED_WITHIN) if i < kills else None)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                each.kill()
             process.wait()
             continue
         if code:
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--max-tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=1, help="that share a training, and the threads")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -113,18 +117,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             whole, killed = Path(place) / "whole", Path(place) / "killed"
             for verb in ("quantize", "train"):
-                seconds = run(command(verb, recipe, whole / verb, args), args.threads)
+                threads = args.threads // args.processes if verb == "train" else args.threads
+                seconds = run(command(verb, recipe, whole / verb, args), threads)
                 rows.append(measured(recipe, whole / verb / "out", seconds, windows, reference))
                 print(*rows[-1], sep="\t", flush=True)
             if args.kills:
-                run(command("train", recipe, killed, args), args.threads, args.kills)
+                run(command("train", recipe, killed, args), args.threads // args.processes, args.kills)
                 same = contents(whole / "train" / "out") == contents(killed / "out")
                 notes.append(f"{recipe}: killed {args.kills} times, its bytes are {'the same' if same else 'others'}.")
                 print(notes[-1], flush=True)
     lines = [
         "# Quantization-aware training",
         "",
-        f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads. Calibrated on {args.sequences} "
+        f"Commit {commit()}; {args.model.absolute().name}; {args.threads} threads, of "
+        f"{args.processes} process(es) that train. Calibrated on {args.sequences} "
         f"sequences of {args.length} tokens of {args.calib.name}, trained on {learned_from.name} but for what is "
         f"held out. KLD: mean, from the float model, nats a token. Protocol: {windows.label}.",
         "",
