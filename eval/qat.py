@@ -42,9 +42,10 @@ def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> l
     if verb == "train":
         changes += [f"training.text.path={args.train.absolute()}"] if args.train else []
     changes += [change for change in args.set if verb == "train" or not change.startswith("training.")]
-    program = ["torch.distributed.run", "--nproc-per-node", str(args.processes), "-m", "llmquant"]
-    program = program[-1:] if verb != "train" or args.processes == 1 else program
-    words = [sys.executable, "-m", *program, verb, str(args.model.absolute()), recipe, "--out", str(folder / "out")]
+    shared = verb == "train" and args.processes > 1
+    starter = ["-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)] if shared else []
+    words = [sys.executable, *starter, "-m", "llmquant", verb, str(args.model.absolute()), recipe]
+    words += ["--out", str(folder / "out")]
     words += ["--no-eval"] if verb == "quantize" else ["--text", str(args.text.absolute())]
     return [*words, *(word for change in changes for word in ("--set", change))]
 

@@ -44,7 +44,14 @@ def test_training_brings_the_written_model_nearer_to_the_float_one(name, llama, 
     assert told["best"] == min(value for _, value in told["held_out"]) < told["held_out"][0][1]
 
 
-def test_what_the_student_computes_is_what_transformers_reads_from_the_file(llama, calibrated, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_the_student_computes_is_what_transformers_reads_from_the_file(
+    tied, llama, save_model, calibrated, tmp_path
+):
+    if tied:
+        config = hf.LlamaConfig(**TINY, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+        config.tie_word_embeddings = True
+        llama = save_model(tmp_path / "tied", config, torch.bfloat16)
     report = api.quantize(llama, "rtn-w4g128", tmp_path / "out", changes=[*calibrated, *W2, *settings(10)])
     checkpoint = open_model(tmp_path / "out")
     model = hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -61,8 +68,12 @@ def test_what_the_student_computes_is_what_transformers_reads_from_the_file(llam
         assert f"Trained for 10 steps: KLD on held-out text {report.training['held_out'][0][1]:.5f} before" in (
             (tmp_path / "out" / file).read_text("utf-8")
         )
-    norms = [name for name in checkpoint.infos if name.endswith("norm.weight")]
-    assert any(not torch.equal(checkpoint.read(n), open_model(llama).read(n)) for n in norms)
+    floats = [name for name in checkpoint.infos if "norm" in name or "embed" in name or "head" in name]
+    before = open_model(llama)
+    changed = {name for name in floats if not torch.equal(checkpoint.read(name), before.read(name))}
+    assert "model.embed_tokens.weight" in changed
+    assert tied != ("lm_head.weight" in changed)
+    assert any("norm" in name for name in changed)
 
 
 def test_what_a_training_is_judged_by_was_not_calibrated_on(llama, calibrated):
