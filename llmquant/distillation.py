@@ -30,6 +30,10 @@ class Training(BaseModel):
     steps: how many (with "layers": for each); the text is read again where it has fewer sequences.
     tokens: of a step.
     rate: of the weights, in mean steps between two levels, at its highest; it rises and falls to 0 with a cosine.
+    dampening: how fast weights are drawn to the middle of their levels, as a share of the rate. What a weight is
+        pushed by steadily outweighs that; noise, and being needed between two levels, does not carry it to and fro.
+        Source: Nagel et al. 2022, https://arxiv.org/abs/2203.11086; here apart from the gradient, as
+        AdamW's decay of weights.
     scale_rate: of scales and offsets, as a share of what they were.
     float_rate: of what stays float (norms, biases, an embedding that is not quantized), as a share of its size; 0
         leaves all of it alone.
@@ -48,6 +52,7 @@ class Training(BaseModel):
     steps: int = Field(default=500, ge=1)
     tokens: int = Field(default=4096, ge=1)
     rate: float = Field(default=0.01, gt=0, le=1)
+    dampening: float = Field(default=0.1, ge=0, le=1)
     scale_rate: float = Field(default=0.001, ge=0, le=1)
     float_rate: float = Field(default=0.001, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
@@ -65,10 +70,10 @@ def together(vocabulary: int, length: int) -> int:
 
 
 class Predictions(NamedTuple):
-    """Of one model for some tokens. hidden: what the output matrix reads, where that is asked for."""
+    """Of one model for some tokens. hidden: what the output matrix reads."""
 
     logits: Float[Tensor, "sequences time vocab"]
-    hidden: Float[Tensor, "sequences time hidden"] | None = None
+    hidden: Float[Tensor, "sequences time hidden"]
 
 
 def loss(
@@ -81,8 +86,6 @@ def loss(
         of_text = functional.cross_entropy(student.logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         found = found + settings.language * of_text
     if settings.hidden:
-        assert student.hidden is not None
-        assert teacher.hidden is not None
         aim = teacher.hidden.float()
         wrong = (student.hidden.float() - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=1e-30)
         found = found + settings.hidden * wrong.mean()

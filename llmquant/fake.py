@@ -64,6 +64,11 @@ class FakeQuantized(nn.Module):
             params = {name: value.expand(self.shape[0], *value.shape[1:]) for name, value in params.items()}
         return QuantizedTensor(self.grid, codes.view(self.shape), params, inputs=self.inputs)
 
+    @torch.no_grad()
+    def draw(self, share: float) -> None:
+        """Draw the weights a share of the way to the middle of their levels."""
+        self.places.lerp_(self().view(self.places.shape) / self.step, share)
+
     def _wanted(self) -> tuple[Tensor, Tensor]:
         return self.scale * (1 + self.growth), self.offset + self.step * self.shift
 

@@ -70,12 +70,9 @@ class Student(nn.Module):
                 self.floats[name] = stream.checkpoint.infos[name].dtype
         embedding = f"{plan.spec.embed}.weight"
         self._also = {embedding: head} if tied and embedding in self.floats else {}
+        self._head = _Listener(self.model.get_submodule(plan.spec.head))
 
-    def forward(self, tokens: Int[Tensor, "sequences time"], hidden: bool) -> Predictions:
-        return self.predict(tokens, hidden)
-
-    def predict(self, tokens: Int[Tensor, "sequences time"], hidden: bool = False) -> Predictions:
-        """hidden: also return what the output matrix reads."""
+    def forward(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
         given: dict[str, Tensor] = {}
         for linear, weight, places in zip(self.linears, self.fakes, self._places, strict=True):
             value = weight()
@@ -85,9 +82,9 @@ class Student(nn.Module):
             value = self.model.get_parameter(name)
             given[name] = straight(value, value.detach().to(dtype).to(value.dtype))
         given |= {other: given[name] for name, other in self._also.items()}
-        settings = {"input_ids": tokens, "use_cache": False, "output_hidden_states": hidden}
+        settings = {"input_ids": tokens, "use_cache": False}
         out = torch.func.functional_call(self.model, given, (), settings, tie_weights=False)
-        return Predictions(out.logits, out.hidden_states[-1] if hidden else None)
+        return Predictions(out.logits, self._head.read())
 
     def changing(self) -> dict[str, Tensor]:
         """Return all that training changes, and what that is measured in."""
@@ -114,6 +111,23 @@ class Student(nn.Module):
             size = float(parameter.detach().square().mean().sqrt())
             found.append({"params": [parameter], "lr": settings.float_rate * (size or 1.0)})
         return found
+
+
+class _Listener:
+    """Remembers what a module reads."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._heard: Tensor | None = None
+        module.register_forward_pre_hook(self._hear)
+
+    def _hear(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._heard = args[0]
+
+    def read(self) -> Tensor:
+        """Return what the module read last, and forget it."""
+        heard, self._heard = self._heard, None
+        assert heard is not None
+        return heard
 
 
 def _rounding(inputs: Inputs) -> Any:
@@ -205,6 +219,7 @@ class _Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)  # it refuses another precision in the same process
         self._accelerator = Accelerator(cpu=stream.device.type == "cpu", mixed_precision="bf16" if low else "no")
         self._teacher = stream.load_all()
+        self._head = _Listener(self._teacher.get_submodule(plan.spec.head))
         self._together = distillation.together(stream.vocabulary, text.tokens.shape[1])
         changed = work.Transformed(stream.checkpoint, log, range(plan.layers))
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
@@ -249,6 +264,8 @@ class _Trainer:
         share = _rate(self._told.step, settings.steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = share * rate
+        for fake in self._student.fakes:
+            fake.draw(share * settings.rate * settings.dampening)
         count = max(math.ceil(settings.tokens / self._text.tokens.shape[1] / ranks.size), 1) * ranks.size
         these = chosen(self._told.step, count, len(self._text.tokens), settings.seed)
         tokens = self._text.tokens[these[ranks.rank :: ranks.size]]
@@ -265,11 +282,12 @@ class _Trainer:
         return sum(ranks.each(lambda: total)) / ranks.size
 
     def _loss(self, tokens: Int[Tensor, "sequences time"]) -> Float[Tensor, ""]:
-        hidden = self._settings.hidden > 0
-        with torch.no_grad():
-            out = self._teacher(input_ids=tokens, use_cache=False, output_hidden_states=hidden)
-        theirs = Predictions(out.logits, out.hidden_states[-1] if hidden else None)
-        return distillation.loss(self._computing(tokens, hidden), theirs, tokens, self._settings)
+        return distillation.loss(self._computing(tokens), self._teach(tokens), tokens, self._settings)
+
+    @torch.no_grad()
+    def _teach(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
+        logits = self._teacher(input_ids=tokens, use_cache=False).logits
+        return Predictions(logits, self._head.read())
 
     @torch.no_grad()
     def _look(self) -> None:
@@ -279,9 +297,8 @@ class _Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in torch.split(own, self._together) if len(own) else ():
             tokens = batch.to(self._accelerator.device)
-            logits = self._student.predict(tokens).logits  # in 32 bits
-            theirs = self._teacher(input_ids=tokens, use_cache=False).logits
-            total += torch.tensor([float(divergence(logits, theirs)) * len(batch), len(batch)], dtype=torch.float64)
+            found = divergence(self._student(tokens).logits, self._teach(tokens).logits)  # in 32 bits
+            total += torch.tensor([float(found) * len(batch), len(batch)], dtype=torch.float64)
         ranks.add(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):
@@ -343,6 +360,7 @@ class AdamSteps:
 
     def __init__(self, done: Mapping[str, QuantizedTensor], settings: Training) -> None:
         self._fakes = {name: FakeQuantized(q) for name, q in done.items()}
+        self._drawn = settings.rate * settings.dampening
         groups = [group for fake in self._fakes.values() for group in _groups(fake, settings)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -353,6 +371,8 @@ class AdamSteps:
     def step(self, share: float) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = share * rate
+        for fake in self._fakes.values():
+            fake.draw(share * self._drawn)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

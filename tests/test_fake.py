@@ -70,6 +70,36 @@ def test_its_steps_lead_towards_the_weights_that_are_wanted(config):
     assert float((fake().detach() - wanted).square().mean()) < (before + at_best) / 2
 
 
+@every_grid
+def test_a_weight_is_drawn_to_the_middle_of_its_level_and_what_is_stored_stays(config):
+    fake = FakeQuantized(rounded(config))
+    fake.places.data += 2.0 * normal(*fake.places.shape)
+    stored, value = fake.quantized(), fake().detach()
+    away = (fake.places * fake.step - value.view(fake.places.shape)).detach().abs()
+    fake.draw(0.5)
+    torch.testing.assert_close((fake.places * fake.step - value.view(fake.places.shape)).abs(), away / 2)
+    assert torch.equal(fake.quantized().codes, stored.codes)
+    fake.draw(1.0)
+    torch.testing.assert_close((fake.places * fake.step).view(value.shape), value)
+
+
+@pytest.mark.parametrize(("share", "change"), [(0.0, True), (0.02, False)])
+def test_weights_that_are_needed_between_two_levels_rest_where_they_are_drawn(share, change):
+    fake = FakeQuantized(rounded(GRIDS["w2"]))
+    steps = fake.step.expand_as(fake.places).reshape(fake.shape)
+    wanted = (fake() + 0.3 * steps).detach()
+    optimizer = torch.optim.SGD([fake.places], lr=0.02)
+    seen = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        ((fake() - wanted) / steps).square().sum().div(2).backward()
+        fake.draw(share)
+        optimizer.step()
+        seen.append(fake.quantized().codes)
+    inside = seen[0] < seen[0].max()  # the highest level has none above it
+    assert any(bool((a != b)[inside].any()) for a, b in zip(seen[100:], seen[101:], strict=False)) is change
+
+
 def straight_through(x):
     return x + (x.round() - x).detach()
 
