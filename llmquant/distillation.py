@@ -39,7 +39,8 @@ class Training(BaseModel):
         leaves all of it alone.
     temperature: of the distillation.
     language: the share of the language model's own loss, which leads away from the float model.
-    hidden: how much the error of what the output matrix reads counts beside that.
+    hidden: how much the error of what the output matrix reads counts beside that: of every token it tells more of
+        what is wrong than the predictions do.
     precision: what steps are computed in; "auto": bfloat16 on GPUs, and on processors with instructions for it.
         Held-out text is computed in float32.
     patience: how many looks at the held-out divergence, one every tenth of the steps, may pass without a better one.
@@ -57,7 +58,7 @@ class Training(BaseModel):
     float_rate: float = Field(default=0.001, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
     language: float = Field(default=0.0, ge=0, le=1)
-    hidden: float = Field(default=0.0, ge=0)
+    hidden: float = Field(default=3.0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     patience: int = Field(default=3, ge=1)
     text: TextSource | None = None

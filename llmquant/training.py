@@ -73,6 +73,10 @@ class Student(nn.Module):
         self._head = _Listener(self.model.get_submodule(plan.spec.head))
 
     def forward(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
+        """As ``predict``, but in the precision of steps: accelerate puts its autocast around this method."""
+        return self.predict(tokens)
+
+    def predict(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
         given: dict[str, Tensor] = {}
         for linear, weight, places in zip(self.linears, self.fakes, self._places, strict=True):
             value = weight()
@@ -297,8 +301,9 @@ class _Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         for batch in torch.split(own, self._together) if len(own) else ():
             tokens = batch.to(self._accelerator.device)
-            found = divergence(self._student(tokens).logits, self._teach(tokens).logits)  # in 32 bits
-            total += torch.tensor([float(found) * len(batch), len(batch)], dtype=torch.float64)
+            ours, theirs = self._student.predict(tokens), self._teach(tokens)  # in 32 bits
+            of_batch = float(divergence(ours.logits, theirs.logits)) * len(batch)
+            total += torch.tensor([of_batch, len(batch)], dtype=torch.float64)
         ranks.add(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):
