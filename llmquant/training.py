@@ -77,6 +77,7 @@ class Student(nn.Module):
         return self.predict(tokens)
 
     def predict(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
+        """Return what the model predicts as it would be stored now."""
         given: dict[str, Tensor] = {}
         for linear, weight, places in zip(self.linears, self.fakes, self._places, strict=True):
             value = weight()
