@@ -130,19 +130,11 @@ def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> t
     unit: float16 [n, 1]. Integers are in low ... high. tops: integers that the value of largest magnitude may become.
     """
     largest = value.gather(1, value.abs().argmax(1, keepdim=True))
-    best: tuple[torch.Tensor, ...] | None = None
-    for top in tops:
-        unit = to_half(largest / top)
-        whole = torch.where(unit == 0, 0.0, value / unit).round().clamp(low, high)
-        error = (unit.to(value.dtype) * whole - value).square().sum(1, keepdim=True)
-        trial = (error, unit, whole)
-        best = (
-            trial
-            if best is None
-            else tuple(torch.where(error < best[0], a, b) for a, b in zip(trial, best, strict=True))
-        )
-    assert best is not None
-    return best[1], best[2]
+    units = to_half(largest / torch.tensor(list(tops), device=value.device))
+    unit, value = units.to(value.dtype)[..., None], value[:, None]
+    whole = torch.where(unit == 0, 0.0, value / unit).round().clamp(low, high)
+    best = (unit * whole - value).square().sum(2).argmin(1, keepdim=True)
+    return units.gather(1, best), whole.gather(1, best[..., None].expand(-1, 1, value.shape[-1])).squeeze(1)
 
 
 def in_chunks(

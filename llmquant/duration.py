@@ -49,7 +49,9 @@ def seconds(plan: Plan, hidden: int, vocabulary: int, text: Text, speed: float) 
         found["output matrix and embedding"] = sum(_rounded([x], False) for x in plan.of_layer(None)) / speed
     if plan.recipe.training is not None and plan.recipe.trains_model:
         steps = plan.recipe.training.steps * max(plan.recipe.training.tokens, text.length) / text.ranks
-        found["training"] = PASS * steps * 4 * sum(x.weights for x in plan.linears) / speed  # both forth, one back
+        weights = sum(x.weights for x in plan.linears)
+        passes = 3 * steps + text.lessons / text.ranks  # forth, back by inputs and by weights; the teacher's once
+        found["training"] = PASS * passes * weights / speed
     rounding = sum(_rounded([x], False) for x in plan.linears) if plan.needs == "nothing" else 0.0
     found["writing"] = (rounding + WRITING * plan.weights) / speed
     return found

@@ -49,10 +49,11 @@ class FakeQuantized(nn.Module):
         self.places = nn.Parameter(weights / self.step)
         self.growth = nn.Parameter(torch.zeros_like(scale))
         self.shift = nn.Parameter(torch.zeros_like(offset))
+        self._levels = _Levels(q.grid)
 
     def forward(self) -> Float[Tensor, "rows cols"]:
         """Return the weights as they would be decoded."""
-        values: Tensor = _Rounded.apply(self.places * self.step, *self._wanted(), self.grid)  # type: ignore[no-untyped-call]
+        values: Tensor = _Rounded.apply(self.places * self.step, *self._wanted(), self._levels)  # type: ignore[no-untyped-call]
         return values.view(self.shape)
 
     @torch.no_grad()
@@ -66,29 +67,39 @@ class FakeQuantized(nn.Module):
 
     @torch.no_grad()
     def draw(self, share: float) -> None:
-        """Draw the weights a share of the way to the middle of their levels."""
-        self.places.lerp_(self().view(self.places.shape) / self.step, share)
+        """Draw the weights a share of the way to the middle of the levels that the last forward pass gave them."""
+        middle = decode(self.grid, *self._levels.found)
+        self.places.lerp_(middle.div_(self.step), share)
 
     def _wanted(self) -> tuple[Tensor, Tensor]:
         return self.scale * (1 + self.growth), self.offset + self.step * self.shift
 
 
+class _Levels:
+    """What a pass needs to know of a grid, and what the last one found: codes, scales and offsets."""
+
+    found: tuple[Tensor, Tensor, Tensor]
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.gap, self.stores_offsets = grid, _gap(grid), _stores_offsets(grid)
+
+
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
-        _, scale, offset = _stored(grid, scale, offset)
-        codes = encode(grid, weights, scale, offset)
-        ctx.grid = grid
+    def forward(ctx: Any, weights: Tensor, scale: Tensor, offset: Tensor, levels: _Levels) -> Tensor:
+        _, scale, offset = _stored(levels.grid, scale, offset)
+        codes = encode(levels.grid, weights, scale, offset)
+        ctx.levels, levels.found = levels, (codes, scale, offset)
         ctx.save_for_backward(weights, codes, scale, offset)
-        return decode(grid, codes, scale, offset)
+        return decode(levels.grid, codes, scale, offset)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         weights, codes, scale, offset = ctx.saved_tensors
         find = kernel.pulled if kernels.suit(weights) else pulled
-        table = ctx.grid.table.to(weights)
-        of_weights, of_scale, of_offset = find(table, _gap(ctx.grid), weights, codes, scale, offset, gradient)
-        if not _stores_offsets(ctx.grid):  # then an offset is a multiple of its scale
+        table = ctx.levels.grid.table.to(weights)
+        of_weights, of_scale, of_offset = find(table, ctx.levels.gap, weights, codes, scale, offset, gradient)
+        if not ctx.levels.stores_offsets:  # then an offset is a multiple of its scale
             of_scale = of_scale + of_offset * torch.where(scale == 0, 0.0, offset / scale)
         return of_weights, of_scale, of_offset, None
 

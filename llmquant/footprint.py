@@ -50,7 +50,7 @@ LOGITS = 24  # for each token and word, of two models' predictions and what is c
 class Text:
     """How many tokens a rank has: of all sequences, of one, of a batch, of the float model's chain, with gradients.
 
-    ranks: how many there are.
+    ranks: how many there are. lessons: of all text that a training reads.
     """
 
     tokens: int = 0
@@ -59,6 +59,7 @@ class Text:
     aimed: int = 0
     gradients: int = 0
     ranks: int = 1
+    lessons: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ def _scratch(plan: Plan, computing: Computing, text: Text, placement: Placement)
                 rows = linears[0].rows if linears else hidden  # what adds up the experts' outputs is no linear
                 information += rows * min(rows, ROWS)
     kept = 0
-    if recipe.trains_model:  # places, AdamW's moments, and what was best
+    if recipe.trains_model:  # places, AdamW's moments, and what was best; what the teacher's last layer gives
         kept = 12 * sum(x.weights for x in plan.quantized.values()) + plan.work_bytes
+        kept += computing.element * hidden * text.lessons
     return max(batches + 4 * information, kept)
 
 
@@ -175,8 +177,7 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
         writes = {"writing": (0 if computing.gpu else RUNTIME) + writing}
         return writes | _training(plan, computing, text)
     recipe = plan.recipe
-    outside = element * sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
-    outside += element * sum(x.weights for x in plan.of_layer(None))
+    outside = element * _outside(plan)
     layer = element * max(sum(x.weights for x in plan.of_layer(i)) for i in range(plan.layers))
     along = recipe.mismatch_correction or recipe.tunes_layers
     held = 0 if placement == "files" else element * hidden * (text.tokens + along * text.aimed)
@@ -222,8 +223,14 @@ def _peaks(plan: Plan, computing: Computing, text: Text, writing: int, placement
     return found | _training(plan, computing, text)
 
 
+def _outside(plan: Plan) -> int:
+    """Return how many weights are outside the layers."""
+    kept = sum(info.numel for name, info in plan.kept.items() if not name.startswith(plan.spec.layers))
+    return kept + sum(x.weights for x in plan.of_layer(None))
+
+
 def _training(plan: Plan, computing: Computing, text: Text) -> dict[str, int]:
-    """Return the peak of training all layers together: two models, and the graph of one."""
+    """Return the peak of training all layers together: a model, its graph, and the teacher's output matrix."""
     settings = plan.recipe.training
     if settings is None or not plan.recipe.trains_model:
         return {}
@@ -233,7 +240,7 @@ def _training(plan: Plan, computing: Computing, text: Text) -> dict[str, int]:
     at_once = min(distillation.together(computing.vocabulary, length) * length, max(settings.tokens, length))
     graph = at_once * (TRAINING * plan.layers * width + LOGITS * computing.vocabulary)
     trained = plan.weights if settings.float_rate else sum(x.weights for x in plan.quantized.values())
-    weights = computing.element * plan.weights + TRAINED * trained
+    weights = 2 * computing.element * _outside(plan) + TRAINED * trained
     return {"training": (0 if computing.gpu else RUNTIME + CALIBRATING) + weights + graph}
 
 

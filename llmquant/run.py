@@ -166,8 +166,11 @@ def make_plan(
     return plan
 
 
-def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
-    """Return what a run would do to the model of a stream, which is built only if that depends on its modules."""
+def plan_for(stream: Stream, recipe_: recipe.Recipe, lessons: data.CalibrationTokens | None = None) -> Plan:
+    """Return what a run would do to the model of a stream, which is built only if that depends on its modules.
+
+    lessons: the text of a training; without it, one that is not read twice is reckoned with.
+    """
     exporters = {name: plugins.load("exporters", name, "formats") for name in recipe_.formats}
     told = any(hasattr(exporter, "quantization_config") for exporter in exporters.values())
     plan = planning.make(
@@ -179,23 +182,28 @@ def plan_for(stream: Stream, recipe_: recipe.Recipe) -> Plan:
         stream.other_linears if told else (),
         stream.foldable if recipe_.folds else (),
     )
-    text = text_of(stream, plan)
+    text = text_of(stream, plan, None if lessons is None else len(lessons.tokens))
     computing = footprint.Computing(
         stream.hidden_size, stream.vocabulary, stream.dtype.itemsize, stream.device.type != "cpu"
     )
     return footprint.placed(plan, computing, text, exporters, stream.room_bytes)
 
 
-def text_of(stream: Stream, plan: Plan) -> footprint.Text:
-    """Return how many tokens each rank computes."""
-    calibration = plan.recipe.calibration
-    if calibration is None:
-        return footprint.Text(length=min(stream.context, 2048))
+def text_of(stream: Stream, plan: Plan, lessons: int | None = None) -> footprint.Text:
+    """Return how many tokens each rank computes; lessons: sequences to train on that there are, if that is known."""
+    recipe_, ranks = plan.recipe, stream.ranks.size
+    calibration = recipe_.calibration or data.Calibration()
     length = calibration.length or min(stream.context, 2048)
+    read = 0
+    if recipe_.training is not None and recipe_.trains_model:
+        steps = recipe_.training.steps * training.sequences_of_step(recipe_.training, length, ranks)
+        read = (min(steps, lessons or steps) + data.HELD_OUT) * length
+    if recipe_.calibration is None:
+        return footprint.Text(length=length, ranks=ranks, lessons=read)
     tokens = math.ceil(calibration.sequences / stream.ranks.size) * length
     batch = max(BATCH_TOKENS // length, 1) * length
     batch, aimed, pulled = (min(tokens, n) for n in (batch, layers.enough_for(plan.linears), gradients.TOKENS))
-    return footprint.Text(tokens, length, batch, aimed, pulled, stream.ranks.size)
+    return footprint.Text(tokens, length, batch, aimed, pulled, ranks, read)
 
 
 def with_files(plan: Plan, stream: Stream) -> Plan:
@@ -251,13 +259,14 @@ def quantize(
             f"this run needs about {plan.host_bytes / 1e9:.2f} GB of the host's memory, and there are {host / 1e9:.2f} "
             "GB. Use another machine."
         )
-    ranks.from_first(lambda: footprint.check_disk(plan, out, folder if saves else None))
     text = None
     if plan.needs != "nothing":
         text = ranks.from_first(lambda: _calibration_tokens(stream, recipe_, trust_remote_code))
     lessons = None
     if recipe_.trains_model:
         lessons = ranks.from_first(lambda: _training_tokens(stream, recipe_, trust_remote_code))
+        plan = replace(plan, scratch_bytes=plan_for(stream, recipe_, lessons).scratch_bytes)
+    ranks.from_first(lambda: footprint.check_disk(plan, out, folder if saves else None))
     checkpoint = stream.checkpoint
     direct = Direct(plan, checkpoint, stream.device, importance(plan, stream))
     resumed = 0

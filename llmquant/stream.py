@@ -450,7 +450,7 @@ class Activations:
         if self._folder is None:
             self._batches[batch] = x
             return
-        path = self._folder / f"{batch:05}.safetensors"
+        path = batch_file(self._folder, batch)
         self._batches[batch] = path, x.device
         beside = path.with_suffix(".partial")  # whoever still reads the old file can go on
         try:
@@ -483,6 +483,11 @@ class Activations:
     def call(self, x: Float[Tensor, "sequences time hidden"], index: int) -> calibrate.Call:
         """Return the other arguments of a layer for a batch of this size."""
         return self.calls[len(x)][index]
+
+
+def batch_file(folder: Path, batch: int) -> Path:
+    """Return where a batch of activations is kept, its tensor called x."""
+    return folder / f"{batch:05}.safetensors"
 
 
 def _first(counts: Sequence[int], tokens: int, ranks: Ranks) -> list[int]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from llmquant.grid import QuantizedTensor
 from llmquant.plan import Plan
 from llmquant.progress import Progress
 from llmquant.stream import Stream
+from llmquant.teacher import Teacher, heard
 
 LOOKS = 10  # at the held-out divergence, in a whole training
 KEEP = 60.0  # seconds after which the state is written again
@@ -70,7 +72,7 @@ class Student(nn.Module):
                 self.floats[name] = stream.checkpoint.infos[name].dtype
         embedding = f"{plan.spec.embed}.weight"
         self._also = {embedding: head} if tied and embedding in self.floats else {}
-        self._head = _Listener(self.model.get_submodule(plan.spec.head))
+        self._head = plan.spec.head
 
     def forward(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
         """As ``predict``, but in the precision of steps: accelerate puts its autocast around this method."""
@@ -88,8 +90,9 @@ class Student(nn.Module):
             given[name] = straight(value, value.detach().to(dtype).to(value.dtype))
         given |= {other: given[name] for name, other in self._also.items()}
         settings = {"input_ids": tokens, "use_cache": False}
-        out = torch.func.functional_call(self.model, given, (), settings, tie_weights=False)
-        return Predictions(out.logits, self._head.read())
+        with heard(self.model.get_submodule(self._head)) as inputs:
+            out = torch.func.functional_call(self.model, given, (), settings, tie_weights=False)
+        return Predictions(out.logits, *inputs)
 
     def changing(self) -> dict[str, Tensor]:
         """Return all that training changes, and what that is measured in."""
@@ -116,23 +119,6 @@ class Student(nn.Module):
             size = float(parameter.detach().square().mean().sqrt())
             found.append({"params": [parameter], "lr": settings.float_rate * (size or 1.0)})
         return found
-
-
-class _Listener:
-    """Remembers what a module reads."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._heard: Tensor | None = None
-        module.register_forward_pre_hook(self._hear)
-
-    def _hear(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._heard = args[0]
-
-    def read(self) -> Tensor:
-        """Return what the module read last, and forget it."""
-        heard, self._heard = self._heard, None
-        assert heard is not None
-        return heard
 
 
 def _rounding(inputs: Inputs) -> Any:
@@ -167,7 +153,8 @@ def train(
     stream: of the float model. A training that was broken off goes on; one that was finished is not done again.
     """
     if not finished(log):
-        _Trainer(plan, stream, log, text, settings, log.training()).run(progress)
+        with log.scratch() as folder:
+            _Trainer(plan, stream, log, text, settings, folder, progress).run()
     found = log.training()
     assert found is not None
     known = {*plan.parts, *plan.float_parts}
@@ -216,16 +203,18 @@ class _Trainer:
         log: work.Work,
         text: CalibrationTokens,
         settings: Training,
-        kept: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None,
+        folder: Path,
+        progress: Progress,
     ) -> None:
-        """stream: of the float model, loaded here as a whole. kept: what the work folder holds of this training."""
+        """stream: of the float model. folder: for what is needed until the training is over, of this rank."""
         self._log, self._text, self._settings, self._ranks = log, text, settings, stream.ranks
+        self._progress = progress
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and _fast_in_16_bits(stream.device))
         AcceleratorState._reset_state(reset_partial_state=True)  # it refuses another precision in the same process
         self._accelerator = Accelerator(cpu=stream.device.type == "cpu", mixed_precision="bf16" if low else "no")
-        self._teacher = stream.load_all()
-        self._head = _Listener(self._teacher.get_submodule(plan.spec.head))
-        self._together = distillation.together(stream.vocabulary, text.tokens.shape[1])
+        length, available = text.tokens.shape[1], len(text.tokens)
+        self._together = distillation.together(stream.vocabulary, length)
+        self._count = sequences_of_step(settings, length, stream.ranks.size)
         changed = work.Transformed(stream.checkpoint, log, range(plan.layers))
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
         own.dtype = torch.float32
@@ -235,10 +224,14 @@ class _Trainer:
         self._computing, self._optimizer = self._accelerator.prepare(self._student, optimizer)
         self._told = _Told()
         self._best: dict[str, Tensor] = {}
-        if kept is not None:
+        if (kept := log.training()) is not None:
             self._go_on_from(*kept)
+        read = chosen(0, min(settings.steps * self._count, available), available, settings.seed)
+        self._place = {sequence: place for place, sequence in enumerate(read)}
+        self._lessons = Teacher(stream, text.tokens[read], folder, "steps", self._accelerator.autocast(), progress)
+        self._judge = Teacher(stream, text.held_out[::2], folder, "looks", nullcontext(), progress)
 
-    def run(self, progress: Progress) -> None:
+    def run(self) -> None:
         """Train, and leave the best in the work folder."""
         told, settings = self._told, self._settings
         look = max(settings.steps // LOOKS, 1)
@@ -249,7 +242,7 @@ class _Trainer:
         while not told.finished:
             held_out = f"{told.held_out[-1][1]:.5f}, best {told.best:.5f}"
             loss = f"{told.losses[-1][1]:.5f}, " if told.losses else ""
-            progress(f"training: loss {loss}held-out KLD {held_out}", told.step, settings.steps)
+            self._progress(f"training: loss {loss}held-out KLD {held_out}", told.step, settings.steps)
             told.losses.append((told.step, self._take_step()))
             told.step += 1
             if told.step % look == 0 or told.step == settings.steps:
@@ -269,42 +262,39 @@ class _Trainer:
         share = _rate(self._told.step, settings.steps)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = share * rate
-        for fake in self._student.fakes:
-            fake.draw(share * settings.rate * settings.dampening)
-        count = max(math.ceil(settings.tokens / self._text.tokens.shape[1] / ranks.size), 1) * ranks.size
-        these = chosen(self._told.step, count, len(self._text.tokens), settings.seed)
-        tokens = self._text.tokens[these[ranks.rank :: ranks.size]]
-        batches = torch.split(tokens, self._together)
+        these = chosen(self._told.step, self._count, len(self._text.tokens), settings.seed)
+        own = [self._place[sequence] for sequence in these[ranks.rank :: ranks.size]]
         total = 0.0
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
+        for i in range(0, len(own), self._together):
+            part, last = own[i : i + self._together], i + self._together >= len(own)
             with self._accelerator.autocast(), nullcontext() if last else self._accelerator.no_sync(self._computing):
-                loss = self._loss(batch.to(self._accelerator.device)) * (len(batch) / len(tokens))
+                loss = self._loss(part) * (len(part) / len(own))
                 self._accelerator.backward(loss)
             total += float(loss.detach())
+        for fake in self._student.fakes:
+            fake.draw(share * settings.rate * settings.dampening)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return sum(ranks.each(lambda: total)) / ranks.size
 
-    def _loss(self, tokens: Int[Tensor, "sequences time"]) -> Float[Tensor, ""]:
-        return distillation.loss(self._computing(tokens), self._teach(tokens), tokens, self._settings)
-
-    @torch.no_grad()
-    def _teach(self, tokens: Int[Tensor, "sequences time"]) -> Predictions:
-        logits = self._teacher(input_ids=tokens, use_cache=False).logits
-        return Predictions(logits, self._head.read())
+    def _loss(self, these: Sequence[int]) -> Float[Tensor, ""]:
+        tokens = self._lessons.tokens[list(these)].to(self._accelerator.device)
+        with torch.no_grad():
+            expected = self._lessons.predict(these)
+        return distillation.loss(self._computing(tokens), expected, tokens, self._settings)
 
     @torch.no_grad()
     def _look(self) -> None:
-        """Measure the divergence on every second held-out sequence, and keep what is there if it is the best so far."""
+        """Measure the divergence on held-out sequences, and keep what is there if it is the best so far."""
         told, ranks = self._told, self._ranks
-        own = self._text.held_out[::2][ranks.rank :: ranks.size]
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in torch.split(own, self._together) if len(own) else ():
-            tokens = batch.to(self._accelerator.device)
-            ours, theirs = self._student.predict(tokens), self._teach(tokens)  # in 32 bits
-            of_batch = float(divergence(ours.logits, theirs.logits)) * len(batch)
-            total += torch.tensor([of_batch, len(batch)], dtype=torch.float64)
+        own = range(ranks.rank, len(self._judge.tokens), ranks.size)
+        for i in range(0, len(own), self._together):
+            part = own[i : i + self._together]
+            tokens = self._judge.tokens[list(part)].to(self._accelerator.device)
+            ours, theirs = self._student.predict(tokens), self._judge.predict(part)  # in 32 bits
+            of_batch = float(divergence(ours.logits, theirs.logits)) * len(part)
+            total += torch.tensor([of_batch, len(part)], dtype=torch.float64)
         ranks.add(total)
         found = float(total[0] / total[1])
         if not math.isfinite(found):
@@ -397,6 +387,11 @@ def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
 def _fast_in_16_bits(device: torch.device) -> bool:
     """Whether products of bfloat16 matrices are faster than those of float32."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def sequences_of_step(settings: Training, length: int, ranks: int) -> int:
+    """Return how many sequences a step is taken on, by all ranks, each on as many."""
+    return max(math.ceil(settings.tokens / length / ranks), 1) * ranks
 
 
 def chosen(step: int, count: int, available: int, seed: int) -> list[int]:

@@ -76,14 +76,6 @@ def test_what_the_student_computes_is_what_transformers_reads_from_the_file(
     assert any("norm" in name for name in changed)
 
 
-def test_what_the_output_matrix_reads_is_the_last_hidden_state(llama):
-    model = hf.AutoModelForCausalLM.from_pretrained(llama).eval()
-    listener = training._Listener(model.lm_head)
-    found = model(torch.arange(3, 19).view(2, 8), output_hidden_states=True).hidden_states
-    assert torch.equal(listener.read(), found[-1])
-    assert not torch.equal(found[-2], found[-1])
-
-
 def test_what_a_training_is_judged_by_was_not_calibrated_on(llama, calibrated):
     source = data.Calibration(path=calibrated[0].partition("=")[2], length=64, sequences=100)
     tokenizer = data.load_tokenizer(llama)
