@@ -69,7 +69,7 @@ class FakeQuantized(nn.Module):
     def draw(self, share: float) -> None:
         """Draw the weights a share of the way to the middle of the levels that the last forward pass gave them."""
         middle = decode(self.grid, *self._levels.found)
-        self.places.lerp_(middle.div_(self.step), share)
+        self.places.lerp_(middle.mul_(1 / self.step), share)
 
     def _wanted(self) -> tuple[Tensor, Tensor]:
         return self.scale * (1 + self.growth), self.offset + self.step * self.shift
