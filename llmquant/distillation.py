@@ -34,7 +34,7 @@ class Training(BaseModel):
         pushed by steadily outweighs that; noise, and being needed between two levels, does not carry it to and fro.
         Source: Nagel et al. 2022, https://arxiv.org/abs/2203.11086; here apart from the gradient, as
         AdamW's decay of weights.
-    scale_rate: of scales and offsets, as a share of what they were.
+    scale_rate: of scales, as a share of what they were, and of offsets, in mean steps.
     float_rate: of what stays float (norms, biases, an embedding that is not quantized), as a share of its size; 0
         leaves all of it alone.
     temperature: of the distillation.
@@ -54,7 +54,7 @@ class Training(BaseModel):
     tokens: int = Field(default=4096, ge=1)
     rate: float = Field(default=0.01, gt=0, le=1)
     dampening: float = Field(default=0.1, ge=0, le=1)
-    scale_rate: float = Field(default=0.001, ge=0, le=1)
+    scale_rate: float = Field(default=0.003, ge=0, le=1)
     float_rate: float = Field(default=0.001, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
     language: float = Field(default=0.0, ge=0, le=1)

@@ -379,8 +379,8 @@ class AdamSteps:
 def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
     """Return the parameters of a weight with their rates."""
     return [
-        {"params": [fake.places], "lr": settings.rate},
-        {"params": [fake.growth, fake.shift], "lr": settings.scale_rate},
+        {"params": [fake.places], "lr": settings.rate * fake.gap},
+        {"params": fake.levels, "lr": settings.scale_rate},
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmquant.fake import FakeQuantized, pulled, straight
-from llmquant.grid import QuantizedTensor, dequantize, encode, encode_all, fit_all
+from llmquant.grid import QuantizedTensor, dequantize, encode_all, fit_all
 from llmquant.grids import affine, fp8, iq4_nl, iq4_xs, mxfp4, nf4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0
 from llmquant.kernels import fake as kernel
 
@@ -60,9 +60,7 @@ def test_its_steps_lead_towards_the_weights_that_are_wanted(config):
     wanted = normal(6, 512, seed=7)
     fake = FakeQuantized(rounded(config, 0.7 * wanted + 0.3 * normal(6, 512)))
     rate = 0.01 * len(fake.grid.table)
-    optimizer = torch.optim.Adam(
-        [{"params": [fake.places], "lr": rate}, {"params": [fake.growth, fake.shift], "lr": 0.01}]
-    )
+    optimizer = torch.optim.Adam([{"params": [fake.places], "lr": rate}, {"params": fake.levels, "lr": 0.01}])
     before = float((fake().detach() - wanted).square().mean())
     for _ in range(60):
         optimizer.zero_grad()
@@ -76,13 +74,14 @@ def test_its_steps_lead_towards_the_weights_that_are_wanted(config):
 def test_a_weight_is_drawn_to_the_middle_of_its_level_and_what_is_stored_stays(config):
     fake = FakeQuantized(rounded(config))
     fake.places.data += 2.0 * normal(*fake.places.shape)
-    stored, value = fake.quantized(), fake().detach()
-    away = (fake.places * fake.step - value.view(fake.places.shape)).detach().abs()
+    stored, table = fake.quantized(), fake.grid.table
+    levels = table[stored.codes.long()].view(fake.places.shape)
+    away = (fake.places - levels).detach()
     fake.draw(0.5)
-    torch.testing.assert_close((fake.places * fake.step - value.view(fake.places.shape)).abs(), away / 2)
+    torch.testing.assert_close(fake.places - levels, away / 2, rtol=1e-3, atol=1e-3)
     assert torch.equal(fake.quantized().codes, stored.codes)
     fake.draw(1.0)
-    torch.testing.assert_close((fake.places * fake.step).view(value.shape), value)
+    torch.testing.assert_close(fake.places.detach(), levels)
 
 
 @pytest.mark.parametrize(("share", "change"), [(0.0, True), (0.02, False)])
@@ -106,37 +105,62 @@ def straight_through(x):
     return x + (x.round() - x).detach()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gradients_are_those_of_the_formula(symmetric):
-    """In float64 by torch, the rounding of stored values left out: with scales of 32 bits they are close."""
-    config = affine.Config(3, 32, symmetric=symmetric, scale_dtype="float32")
+@pytest.mark.parametrize(
+    ("config", "free"),
+    [
+        (affine.Config(3, 32, scale_dtype="float32"), False),
+        (affine.Config(3, 32, symmetric=False, scale_dtype="float32"), False),
+        (q4_1.Config(), True),
+    ],
+)
+def test_gradients_are_those_of_the_formula(config, free):
+    """In float64 by torch; offsets are free, or grow with their scales."""
     fake = FakeQuantized(rounded(config))
     fake.places.data += 0.7 * normal(*fake.places.shape, seed=3)  # some are far beyond the table
-    parameters = [p.detach().double().requires_grad_() for p in (fake.places, fake.growth, fake.shift)]
-    places, growth, shift = parameters
-    scale, step = fake.scale.double() * (1 + growth), fake.step.double()
-    zero = -fake.offset.double() / fake.scale.double()
-    offset = -scale * zero if symmetric else fake.offset.double() + step * shift
-    u = (places * step - offset) / scale
-    inside = (u >= -0.5) & (u <= 7.5)
-    code = torch.where(inside, straight_through(u), u.detach()).clamp(0, 7)
-    expected = (scale * code + offset).view(6, 512)
+    assert (fake.shift is not None) == free
+    parameters = [p.detach().double().requires_grad_() for p in fake.parameters()]
+    places, growth, *shift = parameters
+    top = len(fake.grid.table) - 1
+    offset = fake.offset.double() + fake.step.double() * shift[0] if free else fake.offset.double() * (1 + growth)
+    inside = (places >= -0.5) & (places <= top + 0.5)
+    code = torch.where(inside, straight_through(places), places.detach()).clamp(0, top)
+    expected = (fake.scale.double() * (1 + growth) * code + offset).view(6, 512)
     pull = normal(6, 512, seed=4)
     (fake() * pull).sum().backward()
-    wanted = torch.autograd.grad((expected * pull.double()).sum(), parameters, materialize_grads=True)
-    for found, known, name in zip((fake.places, fake.growth, fake.shift), wanted, "wgs", strict=True):
-        if name == "s" and symmetric:
-            continue  # it changes nothing
+    wanted = torch.autograd.grad((expected * pull.double()).sum(), parameters)
+    for found, known in zip(fake.parameters(), wanted, strict=True):
         torch.testing.assert_close(found.grad.double(), known, rtol=1e-3, atol=1e-3)
+
+
+@every_grid
+def test_scales_follow_what_is_wanted_of_weights_in_the_middle_of_their_levels(config):
+    fake = FakeQuantized(rounded(config))
+    wanted = 2 * fake().detach()
+    across = 0.03 * len(fake.grid.table)  # offsets may lie that many steps from 0
+    rates = zip(fake.levels, (0.03, across), strict=False)
+    optimizer = torch.optim.Adam([{"params": [levels], "lr": rate} for levels, rate in rates])
+    before = float((fake().detach() - wanted).square().mean())
+    for _ in range(100):
+        optimizer.zero_grad()
+        (fake() - wanted).square().mean().backward()
+        optimizer.step()
+    assert float((fake().detach() - wanted).square().mean()) < 0.1 * before
+
+
+def test_an_offset_of_whole_steps_stays():
+    config = affine.Config(3, 32, symmetric=False)
+    fake = FakeQuantized(rounded(config))
+    assert fake.shift is None
+    fake.growth.data += 0.3 * normal(*fake.growth.shape)
+    assert torch.equal(fake.quantized().params["zero"], rounded(config).params["zero"])
 
 
 @every_grid
 def test_compiled_gradients_are_those_of_the_plain_twin(config):
     fake = FakeQuantized(rounded(config))
-    w = fake.places.detach() * fake.step * 1.3
-    codes = encode(fake.grid, w, fake.scale, fake.offset)
-    table = fake.grid.table
-    given = table, float(table[-1] - table[0]) / (len(table) - 1), w, codes, fake.scale, fake.offset, normal(*w.shape)
+    places = fake.places.detach() * 1.3
+    codes = fake.quantized().codes.view(places.shape)
+    given = fake.grid.table, fake.gap, places, codes, fake.scale, normal(*places.shape)
     for found, known in zip(kernel.pulled(*given), pulled(*given), strict=True):
         torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
 

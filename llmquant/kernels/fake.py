@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from llmquant.kernels import ONE, TWO, ZERO, Array, compiled, shared_out
+from llmquant.kernels import TWO, ZERO, Array, compiled, shared_out
 
 LEAST = 2**14  # weights for each thread
 
@@ -15,18 +15,17 @@ LEAST = 2**14  # weights for each thread
 def pulled(
     table: Float[Tensor, " levels"],
     gap: float,
-    w: Float[Tensor, "*shape"],
+    places: Float[Tensor, "*shape"],
     codes: UInt8[Tensor, "*shape"],
     scale: Float[Tensor, "*_"],
-    offset: Float[Tensor, "*_"],
     gradient: Float[Tensor, "*shape"],
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*_"], Float[Tensor, "*_"]]:
-    """Return the gradients of weights, scales and offsets, given that of the weights as they are rounded."""
-    found = torch.empty_like(w), torch.empty_like(scale), torch.empty_like(offset)
-    flat = [x.contiguous().view(-1).numpy() for x in (w, codes, scale, offset, gradient)]
+    """Return the gradients of places, scales and offsets, given that of the weights as they are decoded."""
+    found = torch.empty_like(places), torch.empty_like(scale), torch.empty_like(scale)
+    flat = [x.contiguous().view(-1).numpy() for x in (places, codes, scale, gradient)]
     own = [x.view(-1).numpy() for x in found]
     levels, half = table.numpy(), np.float32(gap) / TWO
-    each = w.numel() // max(scale.numel(), 1)
+    each = places.numel() // max(scale.numel(), 1)
     shared_out(
         lambda start, stop: _pulled(levels, half, each, start, stop, *flat, *own), scale.numel(), LEAST // each + 1
     )
@@ -40,26 +39,23 @@ def _pulled(
     each: int,
     start: int,
     stop: int,
-    w: Array,
+    places: Array,
     codes: Array,
     scale: Array,
-    offset: Array,
     gradient: Array,
-    of_weight: Array,
+    of_place: Array,
     of_scale: Array,
     of_offset: Array,
 ) -> None:
     low, high = table[0] - half, table[-1] + half
     for g in range(start, stop):
-        s, o = scale[g], offset[g]
-        inverse = ZERO if s == ZERO else ONE / s
-        w_, codes_ = w[g * each : (g + 1) * each], codes[g * each : (g + 1) * each]
-        gradient_, of_weight_ = gradient[g * each : (g + 1) * each], of_weight[g * each : (g + 1) * each]
+        s = scale[g]
+        places_, codes_ = places[g * each : (g + 1) * each], codes[g * each : (g + 1) * each]
+        gradient_, of_place_ = gradient[g * each : (g + 1) * each], of_place[g * each : (g + 1) * each]
         scales, offsets = np.float64(0), np.float64(0)  # in 64 bits: one group may be a whole tensor
         for i in range(each):
-            place, pull = (w_[i] - o) * inverse, gradient_[i]
-            inside = low <= place <= high
-            of_weight_[i] = pull if inside else ZERO
-            scales += pull * (table[codes_[i]] - (place if inside else ZERO))
-            offsets += ZERO if inside else pull
+            pull = gradient_[i]
+            of_place_[i] = pull * s if low <= places_[i] <= high else ZERO
+            scales += pull * table[codes_[i]]
+            offsets += pull
         of_scale[g], of_offset[g] = scales, offsets
