@@ -47,11 +47,8 @@ class FakeQuantized(nn.Module):
         self.register_buffer("step", torch.where(steps > 0, steps, steps.mean().clamp(min=torch.finfo().tiny)))
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
-        table = q.grid.table.to(scale.device)
-        places = table[q.codes.long()]
-        self.places = nn.Parameter(
-            places.view(*(scale.shape[:-1] if not q.grid.per_tensor else (len(q.codes), 1, 1)), -1)
-        )
+        shape = (len(q.codes), 1, 1) if q.grid.per_tensor else scale.shape[:-1]
+        self.places = nn.Parameter(q.grid.table.to(scale.device)[q.codes.long()].view(*shape, -1))
         self.growth = nn.Parameter(torch.zeros_like(scale))
         self.shift = nn.Parameter(torch.zeros_like(offset)) if _free_offsets(q.grid) else None
 
@@ -152,6 +149,6 @@ def _codes(grid: Grid, places: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape
 
 def _free_offsets(grid: Grid) -> bool:
     """Whether a grid stores offsets apart from scales, and between whole steps of these."""
-    wanted = -0.3 * torch.ones(2, grid.span // grid.group).cumsum(0)
+    wanted = torch.full((2, grid.span // grid.group), -0.3)
     _, stored = grid.levels(grid.store(torch.ones_like(wanted), wanted))
-    return bool((stored - wanted).abs().max() < 0.1)
+    return torch.allclose(stored, wanted, atol=0.1)

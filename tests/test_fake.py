@@ -147,6 +147,11 @@ def test_scales_follow_what_is_wanted_of_weights_in_the_middle_of_their_levels(c
     assert float((fake().detach() - wanted).square().mean()) < 0.1 * before
 
 
+def test_offsets_are_learned_where_a_format_stores_them_apart():
+    free = {name for name, config in GRIDS.items() if FakeQuantized(rounded(config)).shift is not None}
+    assert free == {"q2_k", "q4_1", "q4_k", "q5_k"}
+
+
 def test_an_offset_of_whole_steps_stays():
     config = affine.Config(3, 32, symmetric=False)
     fake = FakeQuantized(rounded(config))
