@@ -129,8 +129,16 @@ def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> t
 
     unit: float16 [n, 1]. Integers are in low ... high. tops: integers that the value of largest magnitude may become.
     """
+    divisors = torch.tensor(list(tops), device=value.device)
+    rows = max(CHUNK // (len(divisors) * value.shape[1]), 1)
+    parts = [_in_units(part, divisors, low, high) for part in torch.split(value, rows)]
+    unit, whole = (torch.cat(found) for found in zip(*parts, strict=True))
+    return unit, whole
+
+
+def _in_units(value: torch.Tensor, tops: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
     largest = value.gather(1, value.abs().argmax(1, keepdim=True))
-    units = to_half(largest / torch.tensor(list(tops), device=value.device))
+    units = to_half(largest / tops)
     unit, value = units.to(value.dtype)[..., None], value[:, None]
     whole = torch.where(unit == 0, 0.0, value / unit).round().clamp(low, high)
     best = (unit * whole - value).square().sum(2).argmin(1, keepdim=True)
