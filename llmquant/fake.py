@@ -84,11 +84,12 @@ class FakeQuantized(nn.Module):
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: Tensor, scale: Tensor, offset: Tensor, grid: Grid, gap: float) -> Tensor:
-        _, scale, offset = _stored(grid, scale, offset)
-        codes = _codes(grid, places)
         ctx.table, ctx.gap = grid.table.to(scale.device), gap
-        ctx.save_for_backward(places, codes, scale)
-        return decode(grid, codes, scale, offset)
+        with torch.autocast(places.device.type, enabled=False):  # what is stored does not depend on a step's precision
+            _, scale, offset = _stored(grid, scale, offset)
+            codes = _codes(grid, places)
+            ctx.save_for_backward(places, codes, scale)
+            return decode(grid, codes, scale, offset)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:

@@ -49,6 +49,8 @@ def test_what_it_computes_with_is_what_is_stored_to_the_bit(config):
         parameter.data += (1.0 if i == 0 else 0.1) * normal(*parameter.shape, seed=i)
     stored = fake.quantized()
     assert torch.equal(fake().detach(), dequantize(stored))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fake().detach(), dequantize(stored))
     assert stored.codes.shape == (6, 512)
     assert {name: value.shape for name, value in stored.params.items()} == {
         name: value.shape for name, value in rounded(config).params.items()
