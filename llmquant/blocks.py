@@ -137,12 +137,30 @@ def in_units(value: torch.Tensor, tops: Iterable[int], low: int, high: int) -> t
 
 
 def _in_units(value: torch.Tensor, tops: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-    largest = value.gather(1, value.abs().argmax(1, keepdim=True))
-    units = to_half(largest / tops)
+    units = to_half(_largest(value) / tops)
     unit, value = units.to(value.dtype)[..., None], value[:, None]
     whole = torch.where(unit == 0, 0.0, value / unit).round().clamp(low, high)
     best = (unit * whole - value).square().sum(2).argmin(1, keepdim=True)
     return units.gather(1, best), whole.gather(1, best[..., None].expand(-1, 1, value.shape[-1])).squeeze(1)
+
+
+def in_near_units(value: torch.Tensor, whole: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (unit, integers) like ``in_units``, in the unit at which given integers [n, k] are nearest to the values.
+
+    It changes no more than the values, so that they change few integers; ``in_units`` may find another unit, and
+    with it all others.
+    """
+    whole = whole.to(value.dtype)
+    size = whole.square().sum(1, keepdim=True)
+    fitted = (value * whole).sum(1, keepdim=True) / size
+    unit = to_half(torch.where(size > 0, fitted, _largest(value) / high))
+    step = unit.to(value.dtype)
+    return unit, torch.where(step == 0, 0.0, value / step).round().clamp(low, high)
+
+
+def _largest(value: torch.Tensor) -> torch.Tensor:
+    """Return the value of largest magnitude in every row, [n, 1]."""
+    return value.gather(1, value.abs().argmax(1, keepdim=True))
 
 
 def in_chunks(

@@ -21,12 +21,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from llmquant import kernels
-from llmquant.grid import Grid, Params, QuantizedTensor, decode, encode
+from llmquant.grid import Grid, Params, QuantizedTensor, UnitGrid, decode, encode
 from llmquant.kernels import fake as kernel
 
 
 class FakeQuantized(nn.Module):
-    """A weight matrix on its way from one quantized tensor to a better one.
+    """A weight matrix on its way from one quantized tensor to a better one, on the device of the first.
 
     places: where the weights are on the axis of the grid's levels. growth: of the scales, as a share of what they were.
     shift: of the offsets, in mean steps between levels; None where they are not stored apart, and grow with the scales.
@@ -38,8 +38,8 @@ class FakeQuantized(nn.Module):
         super().__init__()
         self.grid, self.inputs, self.shape = q.grid, q.inputs, q.codes.shape
         self.gap = float(q.grid.table[-1] - q.grid.table[0]) / (len(q.grid.table) - 1)
-        params = {name: value[:1, :1] for name, value in q.params.items()} if q.grid.per_tensor else q.params
-        scale, offset = (level[..., None] for level in q.grid.levels(params))
+        self._first = {name: value[:1, :1] for name, value in q.params.items()} if q.grid.per_tensor else q.params
+        scale, offset = (level[..., None] for level in q.grid.levels(self._first))
         steps = scale.abs() * self.gap
         self.step: Tensor
         self.scale: Tensor
@@ -54,13 +54,13 @@ class FakeQuantized(nn.Module):
 
     def forward(self) -> Float[Tensor, "rows cols"]:
         """Return the weights as they would be decoded."""
-        values: Tensor = _Rounded.apply(self.places, *self._wanted(), self.grid, self.gap)  # type: ignore[no-untyped-call]
+        values: Tensor = _Rounded.apply(self.places, *self._wanted(), self)  # type: ignore[no-untyped-call]
         return values.view(self.shape)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """Return what is to be stored."""
-        params, _, _ = _stored(self.grid, *self._wanted())
+        params, _, _ = self.store(*self._wanted())
         if self.grid.per_tensor:
             params = {name: value.expand(self.shape[0], *value.shape[1:]) for name, value in params.items()}
         return QuantizedTensor(self.grid, _codes(self.grid, self.places).view(self.shape), params, inputs=self.inputs)
@@ -75,6 +75,17 @@ class FakeQuantized(nn.Module):
         offset = self.offset * grown if self.shift is None else self.offset + self.step * self.shift
         return self.scale * grown, offset
 
+    def store(self, scale: Tensor, offset: Tensor) -> tuple[Params, Tensor, Tensor]:
+        """Return the parameters nearest to wished-for scales and offsets, and what a decoder reads of them."""
+        shape = scale.shape[:-1]  # [rows, spans, groups]
+        wished = scale.reshape(-1, shape[-1]), offset.reshape(-1, shape[-1])
+        near = {name: value.flatten(0, 1) for name, value in self._first.items()}
+        grid = self.grid
+        params = grid.store_near(near, *wished) if isinstance(grid, UnitGrid) else grid.store(*wished)
+        params = {name: value.view(*shape[:2], -1) for name, value in params.items()}
+        scale, offset = (level[..., None] for level in grid.levels(params))
+        return params, scale, offset
+
     @property
     def levels(self) -> list[nn.Parameter]:
         """The parameters that say where the levels are."""
@@ -83,19 +94,19 @@ class FakeQuantized(nn.Module):
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, places: Tensor, scale: Tensor, offset: Tensor, grid: Grid, gap: float) -> Tensor:
-        ctx.table, ctx.gap = grid.table.to(scale.device), gap
+    def forward(ctx: Any, places: Tensor, scale: Tensor, offset: Tensor, fake: FakeQuantized) -> Tensor:
+        ctx.table, ctx.gap = fake.grid.table.to(scale.device), fake.gap
         with torch.autocast(places.device.type, enabled=False):  # what is stored does not depend on a step's precision
-            _, scale, offset = _stored(grid, scale, offset)
-            codes = _codes(grid, places)
+            _, scale, offset = fake.store(scale, offset)
+            codes = _codes(fake.grid, places)
             ctx.save_for_backward(places, codes, scale)
-            return decode(grid, codes, scale, offset)
+            return decode(fake.grid, codes, scale, offset)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         find = kernel.pulled if kernels.suit(gradient) else pulled
         places, codes, scale = ctx.saved_tensors
-        return *find(ctx.table, ctx.gap, places, codes, scale, gradient), None, None
+        return *find(ctx.table, ctx.gap, places, codes, scale, gradient), None
 
 
 def pulled(
@@ -126,15 +137,6 @@ def straight(x: Float[Tensor, "*shape"], rounded: Float[Tensor, "*shape"]) -> Fl
     """Return ``rounded``, with the gradient of ``x``."""
     result: Tensor = _Straight.apply(x, rounded)  # type: ignore[no-untyped-call]
     return result
-
-
-def _stored(grid: Grid, scale: Tensor, offset: Tensor) -> tuple[Params, Tensor, Tensor]:
-    """Return the parameters nearest to wished-for scales and offsets, and what a decoder reads of them."""
-    shape = scale.shape[:-1]  # [rows, spans, groups]
-    params = grid.store(scale.reshape(-1, shape[-1]), offset.reshape(-1, shape[-1]))
-    params = {name: value.view(*shape[:2], -1) for name, value in params.items()}
-    scale, offset = (level[..., None] for level in grid.levels(params))
-    return params, scale, offset
 
 
 def _axis(places: Float[Tensor, "*shape"]) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,17 @@ class NestedGrid(Grid, Protocol):
         """
 
 
+@runtime_checkable
+class UnitGrid(Grid, Protocol):
+    """A grid that stores scales as integers, in units that it has to choose as well."""
+
+    def store_near(self, near: Params, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        """As ``store``, in the units at which the integers of ``near``, each [n, k], are nearest to what is wished for.
+
+        Where levels change little, little of what is stored changes.
+        """
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """One quantized weight matrix, in no file format yet.
@@ -137,6 +148,11 @@ class QuantizedTensor:
     params: Params
     record: Mapping[str, Any] = field(default_factory=dict)
     inputs: Inputs | None = None
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """Return it on a device."""
+        params = {name: value.to(device) for name, value in self.params.items()}
+        return replace(self, codes=self.codes.to(device), params=params)
 
 
 def nearest(

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llmquant import kernels
-from llmquant.blocks import half_above, in_chunks, in_units, to_half
+from llmquant.blocks import half_above, in_chunks, in_near_units, in_units, to_half
 from llmquant.grid import Params
 from llmquant.kernels import offset_search as kernel
 
@@ -132,14 +132,22 @@ def fit_super_block(
     return in_chunks(fit, w, importance, reach=LARGEST * sub_top)
 
 
-def store_super_block(scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"], sub_top: int) -> Params:
+def store_super_block(
+    scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"], sub_top: int, near: Params | None = None
+) -> Params:
     """Return the parameters nearest to wished-for scales and offsets, named as in ``fit_super_block``.
 
     The scales of a super-block share a sign, and so do its offsets: what has not
     the sign of the largest becomes 0.
+
+    near: parameters of the same spans, whose integers say the units.
     """
-    tops = range(sub_top, sub_top // 2, -1)
-    (d, s), (dmin, m) = (in_units(value, tops, 0, sub_top) for value in (scale, -offset))
+    wanted = {"scale": scale, "minimum": -offset}
+    if near is None:
+        tops = range(sub_top, sub_top // 2, -1)
+        (d, s), (dmin, m) = (in_units(value, tops, 0, sub_top) for value in wanted.values())
+    else:
+        (d, s), (dmin, m) = (in_near_units(value, near[name], 0, sub_top) for name, value in wanted.items())
     return {"d": d, "dmin": dmin, "scale": s.to(torch.uint8), "minimum": m.to(torch.uint8)}
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from llmquant import kernels
-from llmquant.blocks import LEAST_WEIGHT, favour_large, half_above, in_chunks, in_units, to_half
+from llmquant.blocks import LEAST_WEIGHT, favour_large, half_above, in_chunks, in_near_units, in_units, to_half
 from llmquant.grid import Params
 from llmquant.kernels import scale_search as kernel
 
@@ -114,9 +114,15 @@ def best_super_block(
     return d[:, :, 0], scale[:, :, 0].to(torch.int8)
 
 
-def store_super_block(scale: Float[Tensor, "n groups"], lowest: int) -> Params:
-    """Return the parameters nearest to wished-for scales, named as in ``fit_super_block``."""
-    d, whole = in_units(scale, range(lowest, lowest // 2), lowest, -lowest - 1)
+def store_super_block(scale: Float[Tensor, "n groups"], lowest: int, near: Params | None = None) -> Params:
+    """Return the parameters nearest to wished-for scales, named as in ``fit_super_block``.
+
+    near: parameters of the same spans, whose integers say the unit.
+    """
+    if near is None:
+        d, whole = in_units(scale, range(lowest, lowest // 2), lowest, -lowest - 1)
+    else:
+        d, whole = in_near_units(scale, near["scale"], lowest, -lowest - 1)
     return {"d": d, "scale": whole.to(torch.int8)}
 
 

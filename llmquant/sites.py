@@ -460,7 +460,7 @@ def _joined(
     def sent() -> tuple[QuantizedTensor | None, Tensor]:
         q, targets, sums = compute()
         rounded.extend(targets)
-        moved = q and replace(q, codes=q.codes.cpu(), params={name: value.cpu() for name, value in q.params.items()})
+        moved = q and q.to("cpu")
         return moved, torch.stack(sums).cpu()
 
     found = ranks.each(sent)

@@ -56,7 +56,7 @@ class Student(nn.Module):
         if plan.untie and stream.tied:
             own = nn.Parameter(stream.head_weight().clone(), requires_grad=False)
             self.model.get_submodule(plan.spec.head).weight = own
-        self.fakes = [FakeQuantized(log.load(x)).to(stream.device) for x in self.linears]
+        self.fakes = [FakeQuantized(log.load(x).to(stream.device)) for x in self.linears]
         self.weights = nn.ModuleList(self.fakes)
         self._places: list[tuple[str, ...]] = []  # the parameters that each weight stands for
         for linear, weight in zip(self.linears, self.fakes, strict=True):

@@ -110,6 +110,33 @@ def test_what_is_stored_is_near_to_what_was_wished_for(name):
         assert float((stored_offset - offset).abs().max()) < 1.5 * coarse.get(name, 1e-3)
 
 
+units = pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"])
+
+
+@units
+def test_in_near_units_levels_that_all_grow_keep_their_integers(name):
+    grid = bound(name)
+    scale, offset = torch.rand(2, 50, grid.span // grid.group, generator=torch.Generator().manual_seed(2)) + 0.5
+    near = grid.store(scale, -offset)
+    wished = [share * levels for share, levels in zip((1.3, 0.6), grid.levels(near), strict=True)]
+    params = grid.store_near(near, *wished)
+    for key, value in params.items():
+        assert value.dtype == near[key].dtype
+        assert value.is_floating_point() or torch.equal(value, near[key]), key
+    for found, wish in zip(grid.levels(params), wished, strict=True):
+        torch.testing.assert_close(found, wish, rtol=1e-3, atol=0)
+
+
+@units
+def test_in_near_units_integers_that_were_0_follow(name):
+    grid = bound(name)
+    scale, offset = torch.rand(2, 50, grid.span // grid.group, generator=torch.Generator().manual_seed(2)) + 0.5
+    params = grid.store_near(grid.store(0 * scale, 0 * offset), scale, -offset)
+    assert float((grid.levels(params)[0] - scale).abs().max()) < 0.1
+    if "minimum" in params:
+        assert float((grid.levels(params)[1] + offset).abs().max()) < 0.1
+
+
 @every
 def test_importance_moves_the_error_to_where_it_does_not_count(name):
     generator = torch.Generator().manual_seed(3)

@@ -42,6 +42,21 @@ def test_it_begins_with_what_was_quantized(config):
     torch.testing.assert_close(fake().detach(), dequantize(q), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("module", [iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k])
+def test_super_blocks_begin_with_their_own_bytes_and_change_as_little_as_their_scales(module):
+    q = rounded(module.Config())
+    fake = FakeQuantized(q)
+    assert all(torch.equal(value, q.params[name]) for name, value in fake.quantized().params.items())
+    for seed, levels in enumerate(fake.levels):
+        levels.data += 1e-3 * normal(*levels.shape, seed=seed)
+    for name, value in fake.quantized().params.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, q.params[name], rtol=5e-3, atol=1e-4)
+        else:
+            assert (value != q.params[name]).float().mean() < 0.06, name
+            assert (value.int() - q.params[name].int()).abs().max() <= 1, name
+
+
 @every_grid
 def test_what_it_computes_with_is_what_is_stored_to_the_bit(config):
     fake = FakeQuantized(rounded(config))

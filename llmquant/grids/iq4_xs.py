@@ -47,6 +47,9 @@ class IQ4_XS(Block):  # noqa: N801
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         return scale_search.store_super_block(scale, lowest=-32)
 
+    def store_near(self, near: Params, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return scale_search.store_super_block(scale, lowest=-32, near=near)
+
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
         return scale_search.super_block_levels(params)
 

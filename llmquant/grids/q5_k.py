@@ -46,6 +46,9 @@ class Q5_K(Block):  # noqa: N801
     def store(self, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
         return offset_search.store_super_block(scale, offset, sub_top=63)
 
+    def store_near(self, near: Params, scale: Float[Tensor, "n groups"], offset: Float[Tensor, "n groups"]) -> Params:
+        return offset_search.store_super_block(scale, offset, sub_top=63, near=near)
+
     def levels(self, params: Params) -> tuple[Float[Tensor, "*b groups"], Float[Tensor, "*b groups"]]:
         return offset_search.super_block_levels(params)
 
