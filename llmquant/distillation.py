@@ -10,8 +10,9 @@ Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn import functional
 from llmquant.data import TextSource
 
 TOKENS, LOGITS = 4096, 1 << 26  # at once, at most, where a sequence has not more
+CACHED = 1 << 17  # logits that a processor's cache has room for, a few times
 
 
 class Training(BaseModel):
@@ -97,5 +99,32 @@ def divergence(
     student: Float[Tensor, "*tokens vocab"], teacher: Float[Tensor, "*tokens vocab"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
     """Return the mean of KL(teacher || student) over all tokens, in nats, of logits divided by a temperature."""
-    log_p, log_q = ((logits.float() / temperature).log_softmax(-1).flatten(0, -2) for logits in (student, teacher))
-    return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    found: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), temperature)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """Finds the gradient along with the value, of a few tokens at a time, so that nothing of it leaves the cache.
+
+    With whole tensors of logits between its operations, this took a third of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        count, vocabulary = student.shape
+        pull = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        at_once = max((CACHED if student.device.type == "cpu" else LOGITS) // vocabulary, 1)
+        total = torch.zeros((), device=student.device)
+        for start in range(0, count, at_once):
+            part = slice(start, start + at_once)
+            log_q, log_p = ((x[part].float() / temperature).log_softmax(-1) for x in (student, teacher))
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
+            if pull is not None:
+                pull[part] = log_q.exp_().sub_(p).div_(temperature * count)
+        ctx.save_for_backward(pull)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None
