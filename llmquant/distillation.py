@@ -106,7 +106,7 @@ def divergence(
 class _Divergence(torch.autograd.Function):
     """Finds the gradient along with the value, of a few tokens at a time, so that nothing of it leaves the cache.
 
-    With whole tensors of logits between its operations, this took a third of a training step.
+    With whole tensors of logits between its operations, this took a quarter of a training step.
     """
 
     @staticmethod

@@ -32,6 +32,13 @@ def kl(student, teacher, temperature):
     return sum(sums) / len(sums)
 
 
+@pytest.fixture(params=[distillation.CACHED, 25, 1])
+def logits_at_a_time(request, monkeypatch):
+    """All tokens at once, two (and never less than one) of them."""
+    monkeypatch.setattr(distillation, "CACHED", request.param)
+
+
+@pytest.mark.usefixtures("logits_at_a_time")
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergence_is_from_the_teacher_to_the_student_at_a_temperature(temperature):
     student, teacher = predictions(0).logits, predictions(1).logits
@@ -55,10 +62,13 @@ def test_the_parts_of_the_loss_add_up_by_their_shares():
     assert float(distillation.loss(student, teacher, TOKENS, settings)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_gradient_leads_the_student_to_the_teacher():
+@pytest.mark.usefixtures("logits_at_a_time")
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_gradient_leads_the_student_to_the_teacher(temperature):
     student, teacher = predictions(0, requires_grad=True), predictions(1)
-    distillation.loss(student, teacher, TOKENS, Training()).backward()
-    expected = (student.logits.softmax(-1) - teacher.logits.softmax(-1)) / 10
+    distillation.loss(student, teacher, TOKENS, Training(temperature=temperature)).backward()
+    apart = (student.logits / temperature).softmax(-1) - (teacher.logits / temperature).softmax(-1)
+    expected = temperature * apart / 10  # of T² KL, once divided by T
     torch.testing.assert_close(student.logits.grad, expected, atol=1e-6, rtol=1e-5)
 
 
