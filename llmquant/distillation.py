@@ -32,8 +32,10 @@ class Training(BaseModel):
     steps: how many (with "layers": for each); the text is read again where it has fewer sequences.
     tokens: of a step.
     rate: of the weights, in mean steps between two levels, at its highest; it rises and falls to 0 with a cosine.
-    dampening: how fast weights are drawn to the middle of their levels, as a share of the rate. What a weight is
-        pushed by steadily outweighs that; noise, and being needed between two levels, does not carry it to and fro.
+    dampening: how fast weights are drawn to the middle of their levels in the end, as a share of the rate; it rises
+        from 0 with the square of the steps. Weights that are needed between two levels are carried to and fro over
+        the edge, more and more of them, and what they add to the error hides what the others should make up for.
+        Drawn, they come to rest while rates are still high enough for that.
         Source: Nagel et al. 2022, https://arxiv.org/abs/2203.11086; here apart from the gradient, as
         AdamW's decay of weights.
     scale_rate: of scales, as a share of what they were, and of offsets, in mean steps.
@@ -46,6 +48,7 @@ class Training(BaseModel):
     precision: what steps are computed in; "auto": bfloat16 on GPUs, and on processors with instructions for it.
         Held-out text is computed in float32.
     patience: how many looks at the held-out divergence, one every tenth of the steps, may pass without a better one.
+        Most is gained late, as rates fall; while they are high, it may even get worse.
     text: to train on; by default all of the calibration text.
     """
 
@@ -55,14 +58,14 @@ class Training(BaseModel):
     steps: int = Field(default=500, ge=1)
     tokens: int = Field(default=4096, ge=1)
     rate: float = Field(default=0.01, gt=0, le=1)
-    dampening: float = Field(default=0.1, ge=0, le=1)
+    dampening: float = Field(default=0.5, ge=0, le=1)
     scale_rate: float = Field(default=0.003, ge=0, le=1)
     float_rate: float = Field(default=0.001, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, le=100)
     language: float = Field(default=0.0, ge=0, le=1)
     hidden: float = Field(default=3.0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    patience: int = Field(default=3, ge=1)
+    patience: int = Field(default=6, ge=1)
     text: TextSource | None = None
     seed: int = 0
 

@@ -272,7 +272,7 @@ class _Trainer:
                 self._accelerator.backward(loss)
             total += float(loss.detach())
         for fake in self._student.fakes:
-            fake.draw(share * settings.rate * settings.dampening)
+            fake.draw(_drawn(settings, share, self._told.step / settings.steps))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return sum(ranks.each(lambda: total)) / ranks.size
@@ -356,7 +356,7 @@ class AdamSteps:
 
     def __init__(self, done: Mapping[str, QuantizedTensor], settings: Training) -> None:
         self._fakes = {name: FakeQuantized(q) for name, q in done.items()}
-        self._drawn = settings.rate * settings.dampening
+        self._settings = settings
         groups = [group for fake in self._fakes.values() for group in _groups(fake, settings)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -368,7 +368,7 @@ class AdamSteps:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = share * rate
         for fake in self._fakes.values():
-            fake.draw(share * self._drawn)
+            fake.draw(_drawn(self._settings, share, 1 - share))
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -382,6 +382,14 @@ def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
         {"params": [fake.places], "lr": settings.rate * fake.gap},
         {"params": fake.levels, "lr": settings.scale_rate},
     ]
+
+
+def _drawn(settings: Training, share: float, done: float) -> float:
+    """Return how far to the middle of their levels weights are drawn in a step, of the way there.
+
+    share: of the highest rate, at this step. done: the share of the steps that were taken before.
+    """
+    return share * settings.rate * settings.dampening * done**2
 
 
 def _fast_in_16_bits(device: torch.device) -> bool:

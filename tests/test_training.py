@@ -1,5 +1,7 @@
 """Quantization-aware training, judged by what written files predict, by transformers and by llama.cpp."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import transformers as hf
@@ -8,8 +10,10 @@ from typer.testing import CliRunner
 
 from llmquant import api, cli, data, demo, distillation, evaluation, recipe, run, training
 from llmquant.errors import CheckpointError, DataError, NumericsError, RecipeError
+from llmquant.grid import dequantize
 from llmquant.packed import open_model
 from tests.conftest import VOCABULARY
+from tests.test_fake import GRIDS, rounded
 from tests.test_moe import saved  # noqa: F401
 from tests.test_ranks import begin, command, end
 
@@ -74,6 +78,26 @@ def test_what_the_student_computes_is_what_transformers_reads_from_the_file(
     assert "model.embed_tokens.weight" in changed
     assert tied != ("lm_head.weight" in changed)
     assert any("norm" in name for name in changed)
+
+
+def test_weights_that_are_needed_between_two_levels_come_to_rest_before_the_end():
+    """Of a grid of 2 bits, whose gradients are mostly noise."""
+    noise, steps = torch.Generator().manual_seed(1), 400
+
+    def late(dampening):
+        """Return how many codes change in the third quarter of the steps."""
+        q = rounded(GRIDS["w2"])
+        wanted = dequantize(q) + 0.3 * q.params["scale"].repeat_interleave(q.grid.group, 1).view(q.codes.shape)
+        changing = training.AdamSteps({"w": q}, distillation.Training(rate=0.03, scale_rate=0, dampening=dampening))
+        codes = []
+        for step in range(steps):
+            w = changing.weights()["w"]
+            (w - wanted + 5 * torch.randn(w.shape, generator=noise)).detach().mul(w).sum().backward()
+            changing.step(1 - step / steps)
+            codes.append(changing.quantized()["w"].codes)
+        return sum(int((a != b).sum()) for a, b in pairwise(codes[steps // 2 : 3 * steps // 4]))
+
+    assert 0 < 5 * late(1.0) < late(0.0)
 
 
 def test_what_a_training_is_judged_by_was_not_calibrated_on(llama, calibrated):
