@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ from llmquant.teacher import Teacher, heard
 LOOKS = 10  # at the held-out divergence, in a whole training
 KEEP = 60.0  # seconds after which the state is written again
 WARM = 0.05  # of all steps, in which rates rise
+LONGEST = 2.0  # step of a weight that counts little, beside Adam's
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Student(nn.Module):
@@ -219,8 +221,7 @@ class _Trainer:
         own = Stream(changed, stream.device, weights=False, ranks=stream.ranks)
         own.dtype = torch.float32
         self._student = Student(own, plan, log, settings.float_rate > 0)
-        optimizer = torch.optim.AdamW(self._student.groups(settings), weight_decay=0.0, fused=True)
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer = _Adam(self._student.groups(settings))
         self._computing, self._optimizer = self._accelerator.prepare(self._student, optimizer)
         self._told = _Told()
         self._best: dict[str, Tensor] = {}
@@ -259,9 +260,6 @@ class _Trainer:
     def _take_step(self) -> float:
         """Take one step on the next sequences, and return its loss."""
         settings, ranks = self._settings, self._ranks
-        share = _rate(self._told.step, settings.steps)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = share * rate
         these = chosen(self._told.step, self._count, len(self._text.tokens), settings.seed)
         own = [self._place[sequence] for sequence in these[ranks.rank :: ranks.size]]
         total = 0.0
@@ -271,10 +269,8 @@ class _Trainer:
                 loss = self._loss(part) * (len(part) / len(own))
                 self._accelerator.backward(loss)
             total += float(loss.detach())
-        for fake in self._student.fakes:
-            fake.draw(_drawn(settings, share, self._told.step / settings.steps))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        share = _rate(self._told.step, settings.steps)
+        _step(self._optimizer, self._student.fakes, settings, share, self._told.step / settings.steps)
         return sum(ranks.each(lambda: total)) / ranks.size
 
     def _loss(self, these: Sequence[int]) -> Float[Tensor, ""]:
@@ -358,19 +354,13 @@ class AdamSteps:
         self._fakes = {name: FakeQuantized(q) for name, q in done.items()}
         self._settings = settings
         groups = [group for fake in self._fakes.values() for group in _groups(fake, settings)]
-        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._optimizer = _Adam(groups)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: fake() for name, fake in self._fakes.items()}
 
     def step(self, share: float) -> None:
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = share * rate
-        for fake in self._fakes.values():
-            fake.draw(_drawn(self._settings, share, 1 - share))
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        _step(self._optimizer, self._fakes.values(), self._settings, share, 1 - share)
 
     def quantized(self) -> dict[str, QuantizedTensor]:
         return {name: fake.quantized() for name, fake in self._fakes.items()}
@@ -379,17 +369,45 @@ class AdamSteps:
 def _groups(fake: FakeQuantized, settings: Training) -> list[dict[str, Any]]:
     """Return the parameters of a weight with their rates."""
     return [
-        {"params": [fake.places], "lr": settings.rate * fake.gap},
+        {"params": [fake.places], "lr": settings.rate * fake.gap, "rounded": True},
         {"params": fake.levels, "lr": settings.scale_rate},
     ]
 
 
-def _drawn(settings: Training, share: float, done: float) -> float:
-    """Return how far to the middle of their levels weights are drawn in a step, of the way there.
+class _Adam(torch.optim.AdamW):
+    """Adam, with shorter steps for the weights that are rounded if they count much, and longer ones if little.
 
-    share: of the highest rate, at this step. done: the share of the steps that were taken before.
+    Adam's step is m / v^(1/2), of the mean m and the mean square v of a weight's gradients. Another level, however, is
+    worth going to where m exceeds half the curvature times the distance; with v, which is about in proportion to the
+    curvature (as Fisher information), m / v would tell. Steps of that length carry the noise of weights that count
+    little too far. What lies between both is taken: m / v^(3/4).
     """
-    return share * settings.rate * settings.dampening * done**2
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        """groups: of parameters, with their highest rates; those with "rounded" are places of weights."""
+        super().__init__([{**group, "highest": group["lr"]} for group in groups], weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        places = [x for group in self.param_groups if group.get("rounded") for x in group["params"]]
+        before = [x.clone() for x in places]
+        super().step(closure)
+        for place, old in zip(places, before, strict=True):
+            deviation = self.state[place]["exp_avg_sq"].sqrt()
+            longer = (deviation.mean() / deviation.clamp(min=TINY)).sqrt_().clamp_(max=LONGEST)
+            place.copy_(old.lerp_(place, longer))
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, fakes: Iterable[FakeQuantized], settings: Training, share: float, done: float
+) -> None:
+    """Take a step, at a share of the highest rates. done: the share of the steps that were taken before."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["highest"]
+    for fake in fakes:
+        fake.draw(share * settings.rate * settings.dampening * done**2)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _fast_in_16_bits(device: torch.device) -> bool:
