@@ -100,6 +100,22 @@ def test_weights_that_are_needed_between_two_levels_come_to_rest_before_the_end(
     assert 0 < 5 * late(1.0) < late(0.0)
 
 
+def test_weights_that_count_little_are_the_first_on_another_level():
+    """Their gradients, however small, all point to it all the time."""
+    q = rounded(GRIDS["nf4"])
+    size = torch.tensor([0, 32.0, 64, 128, 256, 512])
+    changing = training.AdamSteps({"w": q}, distillation.Training(rate=0.01, scale_rate=0, dampening=0))
+    away = torch.where(q.codes == q.codes.max(), 1.0, -1.0) * size[:, None]
+    changed = torch.zeros(len(size), dtype=torch.int64)
+    for _ in range(100):
+        (changing.weights()["w"] * away).sum().backward()
+        changing.step(1.0)
+        changed += (changing.quantized()["w"].codes != q.codes).any(1)
+    assert not changed[0]
+    assert changed[1:].tolist() == sorted(set(changed[1:].tolist()), reverse=True)
+    assert changed[-1]
+
+
 def test_what_a_training_is_judged_by_was_not_calibrated_on(llama, calibrated):
     source = data.Calibration(path=calibrated[0].partition("=")[2], length=64, sequences=100)
     tokenizer = data.load_tokenizer(llama)
