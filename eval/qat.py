@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,6 @@ from llmquant.report import Table, size
 from llmquant.run import REPORT
 
 COLUMNS = ("recipe", "weights", "size", "perplexity", "KLD", "run by llama.cpp", "seconds", "steps")
-KILLED_WITHIN = 300.0  # seconds after which a run is killed, at most
 
 
 def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> list[str]:
@@ -50,23 +50,27 @@ def command(verb: str, recipe: str, folder: Path, args: argparse.Namespace) -> l
     return [*words, *(word for change in changes for word in ("--set", change))]
 
 
-def run(words: list[str], threads: int, kills: int = 0) -> float:
-    """Run a command that goes on after it was killed; return the seconds of all its runs."""
+def run(words: list[str], threads: int, lives: Sequence[float] = ()) -> tuple[float, int]:
+    """Run a command that goes on after it was killed; return the seconds of all its runs, and how often it was killed.
+
+    lives: seconds after which it is killed, unless it ends before.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    started, moments = time.monotonic(), random.Random(0)
-    for i in range(kills + 1):
+    started, kills = time.monotonic(), 0
+    for life in (*lives, None):
         process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
         try:
-            code = process.wait(moments.uniform(10, KILLED_WITHIN) if i < kills else None)
+            code = process.wait(life)
         except subprocess.TimeoutExpired:
             for each in (*psutil.Process(process.pid).children(recursive=True), process):
                 each.kill()
             process.wait()
+            kills += 1
             continue
         if code:
             sys.exit(f"{' '.join(words)}: exit code {code}")
         break
-    return time.monotonic() - started
+    return time.monotonic() - started, kills
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -119,13 +123,15 @@ def main() -> None:
             whole, killed = Path(place) / "whole", Path(place) / "killed"
             for verb in ("quantize", "train"):
                 threads = args.threads // args.processes if verb == "train" else args.threads
-                seconds = run(command(verb, recipe, whole / verb, args), threads)
+                seconds, _ = run(command(verb, recipe, whole / verb, args), threads)
                 rows.append(measured(recipe, whole / verb / "out", seconds, windows, reference))
                 print(*rows[-1], sep="\t", flush=True)
             if args.kills:
-                run(command("train", recipe, killed, args), args.threads // args.processes, args.kills)
+                moments = random.Random(0)
+                lives = [moments.uniform(0.1, 0.9) * seconds / args.kills for _ in range(args.kills)]
+                _, kills = run(command("train", recipe, killed, args), args.threads // args.processes, lives)
                 same = contents(whole / "train" / "out") == contents(killed / "out")
-                notes.append(f"{recipe}: killed {args.kills} times, its bytes are {'the same' if same else 'others'}.")
+                notes.append(f"{recipe}: killed {kills} times, its bytes are {'the same' if same else 'others'}.")
                 print(notes[-1], flush=True)
     lines = [
         "# Quantization-aware training",
