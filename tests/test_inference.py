@@ -133,6 +133,17 @@ def test_families_with_modules_of_their_own_stay_packed(name, save_model, tmp_pa
     assert {CodedLinear, CodedEmbedding} <= assert_same(tmp_path / "out", "float32", EXACT)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own about tiny configurations
+def test_other_programs_may_tie_a_packed_output_matrix_again(save_model, tmp_path):
+    model = save_model(tmp_path / "model", resized(CONFIGS["qwen3-moe, tied"]()))
+    run.quantize(model, Recipe(name="x", mixture={"name": "q8_0", "pure": True}, formats=["gguf"]), tmp_path / "out")
+    loaded, ids = llmquant.load(tmp_path / "out"), torch.arange(8)[None]
+    logits, size = loaded(ids).logits, inference.weight_bytes(loaded)
+    loaded.tie_weights()  # as lm-evaluation-harness does
+    assert torch.equal(loaded(ids).logits, logits)
+    assert inference.weight_bytes(loaded) == size
+
+
 def test_no_quantized_weight_is_decoded_while_a_model_is_loaded(packed, monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded")
