@@ -45,8 +45,6 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto", trust_remo
     )
     replacements.dtype, replacements.tied = stream.dtype, stream.tied
     model = stream.load_all()
-    if replacements.shared:
-        model.config.get_text_config().tie_word_embeddings = False  # else `tie_weights` looks for what is packed
     if (checkpoint.folder / "generation_config.json").is_file() and not isinstance(checkpoint, GgufCheckpoint):
         with by_library(checkpoint.folder / "generation_config.json", "transformers does not accept it"):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -64,11 +62,6 @@ class _Replacements:
         self._device = device
         self._spec = spec_for(checkpoint.config)
         self._embedding: Coded | None = None
-
-    @property
-    def shared(self) -> bool:
-        """Whether the embedding and the output matrix are one packed weight."""
-        return self.tied and self._embedding is not None
 
     def find(self, name: str, module: nn.Module) -> nn.Module | None:
         integers = self._checkpoint.operator(name, self._device)

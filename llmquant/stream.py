@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Stream:
         dtype: to compute in, where that is not said above.
         operator: from a module's name and the module to what takes its place; None: it computes from a float weight.
         """
-        config = checkpoint.model_config or model_config(checkpoint.folder, trust_remote_code)
+        config = copy.deepcopy(checkpoint.model_config) or model_config(checkpoint.folder, trust_remote_code)
         self.checkpoint = checkpoint
         self.config = config
         self._family = spec_for(checkpoint.config)
@@ -194,6 +195,7 @@ class Stream:
             head.weight = self.model.get_submodule(self.spec.embed).weight
         else:
             _replace(self.model, self.spec.head, operator)
+            self.model.config.get_text_config().tie_word_embeddings = False  # of parameters, which transformers may tie
 
     @property
     def _outside(self) -> list[str]:
